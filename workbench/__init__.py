@@ -1,0 +1,1 @@
+"""The spine that every command shares: configs, run folders, reports, metrics and Ray sessions."""

@@ -1,0 +1,129 @@
+"""``workbench GROUP COMMAND [CONFIG.yaml] [key=value ...]``: the composition root.
+
+This is the only module of ``workbench`` that looks upward, and it does so by name: a folder is imported when one of
+its commands is called, so that ``--help`` needs neither torch nor ray.
+"""
+
+import sys
+import traceback
+from typing import Annotated, Any
+
+import click
+import typer
+
+from workbench.commands import Command, execute
+from workbench.errors import Failure, UserError
+
+GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
+    "data": (
+        "Documents: audit, embed, search.",
+        {
+            "audit": Command("data_pipelines.audit", "Count, measure and screen a set of documents."),
+            "embed": Command("data_pipelines.embed", "Embed documents into a Milvus collection; restarts where it died."),
+            "search": Command("data_pipelines.search", "Search a collection by meaning.", positional="query"),
+        },
+    ),
+    "train": (
+        "Models: pretrain, fine-tune, evaluate.",
+        {
+            "pretrain": Command("workloads.pretrain", "Train a small decoder-only model from scratch."),
+            "sft": Command("workloads.sft", "Fine-tune on instructions: full, LoRA or QLoRA, sharded by FSDP2."),
+            "eval": Command("workloads.evaluate", "Compare a base model and its adapter on held-out instructions."),
+        },
+    ),
+    "tune": (
+        "Sweeps over workloads.",
+        {"run": Command("tune.sweep", "Run a sweep of a workload over a search space.")},
+    ),
+    "serve": (
+        "Models behind OpenAI-compatible endpoints.",
+        {
+            "up": Command("serve.up", "Deploy models with vLLM under Ray Serve and wait for a real completion."),
+            "status": Command("serve.status", "Show what is deployed and whether it answers."),
+            "down": Command("serve.down", "Take the deployment down."),
+            "ask": Command("serve.ask", "Answer a question from the documents, with sources.", positional="question"),
+            "loadtest": Command("serve.loadtest", "Measure throughput, time to first token and latency.", ray=False),
+        },
+    ),
+    "profile": (
+        "Where the time and the bytes went.",
+        {
+            "record": Command("profiling.record", "Sample every host until stopped: CPU, memory, disk, network, cards."),
+            "report": Command("profiling.timeline", "Draw a recording as a timeline with phases.", ray=False),
+        },
+    ),
+}
+
+app = typer.Typer(
+    name="workbench",
+    help="A Ray-based research cluster workbench: audit, embed, fine-tune, sweep, serve and profile.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _add_group(group: str, help_text: str, commands: dict[str, Command]) -> None:
+    group_app = typer.Typer(help=help_text, no_args_is_help=True, rich_markup_mode=None)
+    for name, command in commands.items():
+        _add_command(group_app, group, name, command)
+    app.add_typer(group_app, name=group)
+
+
+def _add_command(group_app: typer.Typer, group: str, name: str, command: Command) -> None:
+    text = f"[{command.positional.upper()}] " if command.positional else ""
+
+    @group_app.command(name, help=command.help, cls=_with_keys(command))
+    def call(
+        arguments: Annotated[
+            list[str] | None, typer.Argument(metavar=f"{text}[CONFIG.yaml] [KEY=VALUE]...", show_default=False)
+        ] = None,
+        as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, nothing else.")] = False,
+        name_: Annotated[str, typer.Option("--name", help="A label for the run folder.")] = "",
+        profile: Annotated[bool, typer.Option("--profile", help="Sample the hosts while it runs.")] = False,
+    ) -> None:
+        execute(group, name, command, arguments or [], run_name=name_, as_json=as_json, profile=profile)
+
+
+def _with_keys(command: Command) -> type[typer.core.TyperCommand]:
+    class WithKeys(typer.core.TyperCommand):
+        """A command whose ``--help`` also lists the keys of its config."""
+
+        def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+            rows = []
+            for key, field in command.schema().model_fields.items():
+                default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
+                rows.append((key, f"{field.description or ''} [{default}]".strip()))
+            with formatter.section("Config keys"):
+                formatter.write_dl(rows)
+
+    return WithKeys
+
+
+for _group, (_help, _commands) in GROUPS.items():
+    _add_group(_group, _help, _commands)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point: exit code 0, 1 for a failure, 2 for the user's mistake, 130 when interrupted."""
+    try:
+        result: Any = app(args=argv, standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(UserError.exit_code)
+    except Failure as error:
+        print(f"failed: {error}", file=sys.stderr)
+        sys.exit(Failure.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        print("".join(traceback.format_exception(error)[-3:]), file=sys.stderr)
+        print(f"failed: {type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(result if isinstance(result, int) else 0)

@@ -1,0 +1,99 @@
+"""The shape of a command: a config class, a ``run(config, run) -> summary`` and a run folder around it."""
+
+import importlib
+import json
+import re
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from workbench.config import Config, load
+from workbench.errors import UserError
+from workbench.runs import finish, open_run
+
+OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One ``workbench GROUP NAME``: the module that has its ``run``, imported only when it is called.
+
+    ``positional`` is the config key that a bare argument fills; ``ray`` says whether it needs a Ray session.
+    """
+
+    module: str
+    help: str
+    positional: str = ""
+    ray: bool = True
+
+    def schema(self) -> type[Config]:
+        """The config class: the type of ``run``'s first parameter."""
+        run = importlib.import_module(self.module).run
+        schema: type[Config] = get_type_hints(run)["config"]
+        return schema
+
+
+def parse_arguments(command: Command, arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Split ``[CONFIG.yaml] [key=value ...] [TEXT]`` into the file and the overrides, TEXT as the positional key.
+
+    Raises UserError for an argument that is none of these.
+    """
+    file: Path | None = None
+    overrides: list[str] = []
+    text: list[str] = []
+    for argument in arguments:
+        if OVERRIDE.match(argument):
+            overrides.append(argument)
+        elif argument.endswith((".yaml", ".yml")):
+            if file is not None:
+                raise UserError(f"two config files were given: {file} and {argument}; give one")
+            file = Path(argument)
+        elif command.positional:
+            text.append(argument)
+        else:
+            raise UserError(f"'{argument}' is neither a config file (*.yaml) nor an override (key=value)")
+    if text:
+        overrides.append(f"{command.positional}={json.dumps(' '.join(text))}")
+    return file, overrides
+
+
+def execute(group: str, name: str, command: Command, arguments: Sequence[str], *, run_name: str, as_json: bool,
+            profile: bool) -> None:  # fmt: skip
+    """Run one command from its arguments: config, run folder, Ray session, summary, report.
+
+    Raises what the command raises, UserError for the user's mistakes.
+    """
+    file, overrides = parse_arguments(command, arguments)
+    module = importlib.import_module(command.module)
+    config = load(command.schema(), file, overrides)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    argv = [group, name, *arguments]
+    begun = time.monotonic()
+    with open_run(group, name, config, name=run_name, argv=argv) as run:
+        if command.ray:
+            from workbench.session import connect
+        with connect() if command.ray else nullcontext():
+            recorder = importlib.import_module("profiling.recorder") if profile else None
+            with recorder.recording(run) if recorder else nullcontext():
+                summary = module.run(config, run)
+            if recorder:
+                recorder.add_to_report(run)
+        summary = {**summary, "seconds": round(time.monotonic() - begun, 1)}
+        finish(run, summary)
+    show(summary, run.folder, as_json)
+
+
+def show(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
+    """Print the summary: as one JSON object and nothing else on stdout, or for a person to read."""
+    if as_json:
+        print(json.dumps({**summary, "run": str(folder)}, default=str))
+        return
+    width = max(map(len, summary), default=0)
+    for key, value in summary.items():
+        print(f"  {key:<{width}}  {value:,.4g}" if isinstance(value, float) else f"  {key:<{width}}  {value}")
+    print(f"run     {folder}\nreport  {folder / 'report.html'}")

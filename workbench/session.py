@@ -1,0 +1,145 @@
+"""Attach to the cluster that is named, or start a local Ray; token authentication in both.
+
+    with connect():
+        ray.get(task.remote())
+
+The cluster is, in this order: the one of the Ray job we run in or ``RAY_ADDRESS``; the local head that
+``workbench demo`` or ``workbench cluster local`` keeps running for this checkout; a Ray of our own that ends with us.
+"""
+
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from workbench.config import CHECKOUT
+from workbench.errors import UserError
+from workbench.files import read_json
+
+NAMESPACE = "workbench"
+STATE_FOLDER = CHECKOUT / ".workbench"
+SESSION_FILE = STATE_FOLDER / "cluster.json"
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Set for every Ray process of ours: no telemetry, today's defaults, no warnings about tomorrow's."""
+
+
+@dataclass(frozen=True)
+class ClusterAddress:
+    """How a cluster is reached: ``gcs`` (host:port) by drivers, ``dashboard`` (http://...) by jobs; the token file."""
+
+    gcs: str
+    dashboard: str
+    token_file: Path | None
+
+
+def token_environment(token_file: Path) -> dict[str, str]:
+    """The variables that turn on Ray's token authentication with the token in ``token_file``."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
+
+
+def make_token(token_file: Path) -> Path:
+    """Create ``token_file`` with a random token, readable by its owner alone; an existing one is kept."""
+    token_file.parent.mkdir(parents=True, exist_ok=True)
+    if not token_file.exists():
+        descriptor = os.open(token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(secrets.token_hex(32))
+    token_file.chmod(0o600)
+    return token_file
+
+
+def local_cluster() -> ClusterAddress | None:
+    """The head that this checkout keeps running on loopback, or None; a stale session file counts as none."""
+    try:
+        session = read_json(SESSION_FILE)
+        os.kill(session["pid"], 0)
+    except (OSError, ValueError, KeyError):
+        return None
+    return ClusterAddress(session["gcs"], session["dashboard"], Path(session["token_file"]))
+
+
+def dashboard_address(given: str | None = None) -> ClusterAddress:
+    """The cluster that jobs go to: ``given``, ``RAY_API_SERVER_ADDRESS``/``RAY_ADDRESS`` (http), or the local head.
+
+    Raises UserError if no cluster is named and none runs here.
+    """
+    address = given or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS", "")
+    if address.startswith("http"):
+        token = os.environ.get("RAY_AUTH_TOKEN_PATH")
+        return ClusterAddress("", address.rstrip("/"), Path(token) if token else None)
+    if given:
+        raise UserError(f"'{given}' is not a job address: give http://HOST:PORT of the cluster's dashboard")
+    if (local := local_cluster()) is not None:
+        return local
+    raise UserError(
+        "no cluster to submit to: start one with 'workbench cluster local', "
+        "or name one with --address http://HOST:8265 or RAY_API_SERVER_ADDRESS"
+    )
+
+
+@contextmanager
+def connect() -> Iterator[None]:
+    """Hold a connection to Ray for the block; a Ray that was started here ends with it, its files too."""
+    import ray  # heavy, and reads the variables set below
+
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.update({key: os.environ.get(key, value) for key, value in QUIET.items()})
+    address = os.environ.get("RAY_ADDRESS")
+    if not address and (local := local_cluster()) is not None and local.token_file is not None:
+        os.environ.update(token_environment(local.token_file))
+        address = local.gcs
+    if address and not address.startswith("http"):
+        try:
+            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
+        except ConnectionError as error:
+            raise UserError(f"no Ray cluster answers at {address}: {error}") from None
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    with _own_ray():
+        yield
+
+
+@contextmanager
+def _own_ray() -> Iterator[None]:
+    import ray
+
+    temp_dir = tempfile.mkdtemp(prefix="wb-")  # short: Ray's socket paths must stay under 107 characters
+    os.environ.update(token_environment(make_token(STATE_FOLDER / "auth_token")))
+    print("starting a local Ray for this command", file=sys.stderr)
+    try:
+        ray.init(
+            address="local",
+            namespace=NAMESPACE,
+            include_dashboard=True,  # Ray Train's clean-up inside Tune asks the dashboard's State API
+            dashboard_host="127.0.0.1",
+            object_store_memory=object_store_bytes(),
+            log_to_driver=False,
+            _temp_dir=temp_dir,
+        )
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def object_store_bytes() -> int:
+    """A modest object store: a tenth of memory, at most 2 GiB (macOS allows no more) and at least 256 MiB."""
+    import psutil
+
+    return int(min(2 << 30, max(256 << 20, psutil.virtual_memory().total // 10)))
