@@ -8,8 +8,9 @@ import sys
 import traceback
 from typing import Annotated, Any
 
-import click
 import typer
+from typer._click import Context, HelpFormatter  # typer carries its own click
+from typer._click.exceptions import ClickException
 
 from workbench.commands import Command, execute
 from workbench.errors import Failure, UserError
@@ -19,7 +20,7 @@ GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
         "Documents: audit, embed, search.",
         {
             "audit": Command("data_pipelines.audit", "Count, measure and screen a set of documents."),
-            "embed": Command("data_pipelines.embed", "Embed documents into a Milvus collection; restarts where it died."),
+            "embed": Command("data_pipelines.embed", "Embed documents into Milvus; restarts where it died."),
             "search": Command("data_pipelines.search", "Search a collection by meaning.", positional="query"),
         },
     ),
@@ -48,7 +49,7 @@ GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
     "profile": (
         "Where the time and the bytes went.",
         {
-            "record": Command("profiling.record", "Sample every host until stopped: CPU, memory, disk, network, cards."),
+            "record": Command("profiling.record", "Sample every host until stopped: CPU, memory, disk, network, GPU."),
             "report": Command("profiling.timeline", "Draw a recording as a timeline with phases.", ray=False),
         },
     ),
@@ -89,10 +90,12 @@ def _with_keys(command: Command) -> type[typer.core.TyperCommand]:
     class WithKeys(typer.core.TyperCommand):
         """A command whose ``--help`` also lists the keys of its config."""
 
-        def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        def format_epilog(self, ctx: Context, formatter: HelpFormatter) -> None:
             rows = []
             for key, field in command.schema().model_fields.items():
-                default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
+                default = (
+                    "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
+                )
                 rows.append((key, f"{field.description or ''} [{default}]".strip()))
             with formatter.section("Config keys"):
                 formatter.write_dl(rows)
@@ -108,9 +111,9 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point: exit code 0, 1 for a failure, 2 for the user's mistake, 130 when interrupted."""
     try:
         result: Any = app(args=argv, standalone_mode=False)
-    except click.exceptions.Abort:
+    except typer.Abort:
         sys.exit(130)
-    except click.ClickException as error:
+    except ClickException as error:
         error.show()
         sys.exit(2)
     except UserError as error:

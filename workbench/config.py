@@ -184,8 +184,10 @@ def _assign(data: dict[str, Any], key: str, value: Any, override: str) -> None:
 def _explain(schema: type[BaseModel], error: Any, places: dict[str, str], origin: str) -> str:
     location = [str(part) for part in error["loc"]]
     path = ".".join(location)
-    where = next((places[".".join(location[:n])] for n in range(len(location), 0, -1)
-                  if ".".join(location[:n]) in places), origin)
+    where = next(
+        (places[".".join(location[:n])] for n in range(len(location), 0, -1) if ".".join(location[:n]) in places),
+        origin,
+    )
     if error["type"] == "extra_forbidden":
         known = _keys_at(schema, location[:-1])
         near = difflib.get_close_matches(location[-1], known, 1)

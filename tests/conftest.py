@@ -1,0 +1,27 @@
+"""Shared fixtures: a runs root of the test's own, and one local Ray for the whole session."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["WANDB_MODE"] = "offline"
+
+
+@pytest.fixture
+def runs_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty runs root for this test alone."""
+    root = tmp_path / "runs"
+    monkeypatch.setenv("WORKBENCH_RUNS_ROOT", str(root))
+    return root
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A local Ray with token auth, started once and stopped with the session."""
+    from workbench.session import connect
+
+    with connect():
+        yield
