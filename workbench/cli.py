@@ -1,7 +1,7 @@
 """``workbench GROUP COMMAND [CONFIG.yaml] [key=value ...]``: the composition root.
 
-This is the only module of ``workbench`` that looks upward, and it does so by name: a folder is imported when one of
-its commands is called, so that ``--help`` needs neither torch nor ray.
+This is the only module of ``workbench`` that looks upward. The commands of a run are named, and imported when called;
+what is imported here is light, so that ``--help`` needs neither torch nor ray.
 """
 
 import sys
@@ -12,6 +12,7 @@ import typer
 from typer._click import Context, HelpFormatter  # typer carries its own click
 from typer._click.exceptions import ClickException
 
+from cluster import cluster_cli, jobs_cli
 from workbench.commands import Command, execute
 from workbench.errors import Failure, UserError
 
@@ -105,6 +106,9 @@ def _with_keys(command: Command) -> type[typer.core.TyperCommand]:
 
 for _group, (_help, _commands) in GROUPS.items():
     _add_group(_group, _help, _commands)
+app.command()(jobs_cli.submit)
+app.add_typer(jobs_cli.jobs_app, name="jobs")
+app.add_typer(cluster_cli.cluster_app, name="cluster")
 
 
 def main(argv: list[str] | None = None) -> None:

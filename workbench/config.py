@@ -41,6 +41,11 @@ def environment(name: str) -> str | None:
     return os.environ.get(name) or None
 
 
+def inherited_environment() -> dict[str, str]:
+    """A copy of the whole environment, for a child process."""
+    return dict(os.environ)
+
+
 def submitted_commit() -> tuple[str, bool] | None:
     """The git commit and cleanness that ``workbench submit`` passed to this job, or None outside one."""
     commit = os.environ.get(COMMIT_VARIABLE)

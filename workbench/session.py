@@ -29,6 +29,7 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_JOB_STOP_WAIT_TIME_S": "20",
     "TOKENIZERS_PARALLELISM": "false",
 }
 """Set for every Ray process of ours: no telemetry, today's defaults, no warnings about tomorrow's."""

@@ -1,0 +1,24 @@
+"""Ray's job client with the cluster's token in hand."""
+
+import os
+from typing import TYPE_CHECKING
+
+from workbench.errors import UserError
+from workbench.session import ClusterAddress, token_environment
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+
+def job_client(cluster: ClusterAddress) -> "JobSubmissionClient":
+    """A client of the cluster's job API. Raises UserError when nothing answers there or the token is refused."""
+    if cluster.token_file is not None:
+        os.environ.update(token_environment(cluster.token_file))
+    from ray.job_submission import JobSubmissionClient  # heavy, and reads the variables set above
+
+    try:
+        return JobSubmissionClient(cluster.dashboard)
+    except ConnectionError as error:
+        raise UserError(f"no cluster answers at {cluster.dashboard}: {error}") from None
+    except RuntimeError as error:
+        raise UserError(f"{cluster.dashboard} refused the request: {error}") from None
