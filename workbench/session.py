@@ -49,6 +49,13 @@ def token_environment(token_file: Path) -> dict[str, str]:
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file)}
 
 
+def use_cluster(cluster: ClusterAddress) -> None:
+    """Point this process's Ray clients at ``cluster``: its token, and its job API over any other the shell names."""
+    if cluster.token_file is not None:
+        os.environ.update(token_environment(cluster.token_file))
+    os.environ["RAY_API_SERVER_ADDRESS"] = cluster.dashboard
+
+
 def make_token(token_file: Path) -> Path:
     """Create ``token_file`` with a random token, readable by its owner alone; an existing one is kept."""
     token_file.parent.mkdir(parents=True, exist_ok=True)
@@ -90,17 +97,17 @@ def dashboard_address(given: str | None = None) -> ClusterAddress:
 
 
 @contextmanager
-def connect() -> Iterator[None]:
-    """Hold a connection to Ray for the block; a Ray that was started here ends with it, its files too."""
+def connect() -> Iterator[bool]:
+    """Hold a connection to Ray for the block, yielding whether it is our own; then it ends with it, its files too."""
     import ray  # heavy, and reads the variables set below
 
     if ray.is_initialized():
-        yield
+        yield False
         return
     os.environ.update({key: os.environ.get(key, value) for key, value in QUIET.items()})
     address = os.environ.get("RAY_ADDRESS")
     if not address and (local := local_cluster()) is not None and local.token_file is not None:
-        os.environ.update(token_environment(local.token_file))
+        _use_token(local.token_file)
         address = local.gcs
     if address and not address.startswith("http"):
         try:
@@ -108,12 +115,20 @@ def connect() -> Iterator[None]:
         except ConnectionError as error:
             raise UserError(f"no Ray cluster answers at {address}: {error}") from None
         try:
-            yield
+            yield False
         finally:
             ray.shutdown()
         return
     with _own_ray():
-        yield
+        yield True
+
+
+def _use_token(token_file: Path) -> None:
+    """Turn on token authentication in this process, whose Ray may have read its variables when it was imported."""
+    from ray._raylet import Config
+
+    os.environ.update(token_environment(token_file))
+    Config.initialize("")
 
 
 @contextmanager
@@ -121,7 +136,7 @@ def _own_ray() -> Iterator[None]:
     import ray
 
     temp_dir = tempfile.mkdtemp(prefix="wb-")  # short: Ray's socket paths must stay under 107 characters
-    os.environ.update(token_environment(make_token(STATE_FOLDER / "auth_token")))
+    _use_token(make_token(STATE_FOLDER / "auth_token"))
     print("starting a local Ray for this command", file=sys.stderr)
     try:
         ray.init(
