@@ -1,10 +1,10 @@
 """Ray's job client with the cluster's token in hand."""
 
-import os
+import logging
 from typing import TYPE_CHECKING
 
 from workbench.errors import UserError
-from workbench.session import ClusterAddress, token_environment
+from workbench.session import ClusterAddress, use_cluster
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -12,10 +12,11 @@ if TYPE_CHECKING:
 
 def job_client(cluster: ClusterAddress) -> "JobSubmissionClient":
     """A client of the cluster's job API. Raises UserError when nothing answers there or the token is refused."""
-    if cluster.token_file is not None:
-        os.environ.update(token_environment(cluster.token_file))
-    from ray.job_submission import JobSubmissionClient  # heavy, and reads the variables set above
+    use_cluster(cluster)
+    from ray.job_submission import JobSubmissionClient  # heavy, and reads the variables set by use_cluster
 
+    logging.getLogger("ray").setLevel(logging.ERROR)  # upload notes, once per job and per ignored file
+    logging.getLogger("ray.dashboard").setLevel(logging.ERROR)
     try:
         return JobSubmissionClient(cluster.dashboard)
     except ConnectionError as error:

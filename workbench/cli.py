@@ -56,6 +56,14 @@ GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
     ),
 }
 
+NEXT_LINES = """
+next, for example:
+  workbench data search "how do I limit the memory of a dataset"
+  workbench runs list
+  workbench serve up configs/demo/serve.yaml
+  workbench cluster local          (then, in another terminal:)
+  workbench submit -- data audit configs/demo/audit.yaml"""
+
 app = typer.Typer(
     name="workbench",
     help="A Ray-based research cluster workbench: audit, embed, fine-tune, sweep, serve and profile.",
@@ -106,6 +114,21 @@ def _with_keys(command: Command) -> type[typer.core.TyperCommand]:
 
 for _group, (_help, _commands) in GROUPS.items():
     _add_group(_group, _help, _commands)
+
+
+@app.command()
+def demo(
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run every stage again.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of split, training, sweep and evaluation.")] = 17,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, nothing else.")] = False,
+) -> None:
+    """Run the main job end to end on this machine: audit, embed, train, sweep, evaluate, serve, profile."""
+    command = Command("cluster.demo", "", ray=False)
+    overrides = [f"fresh={str(fresh).lower()}", f"seed={seed}"]
+    execute("workbench", "demo", command, overrides, run_name="", as_json=as_json, profile=False)
+    print(NEXT_LINES, file=sys.stderr)
+
+
 app.command()(jobs_cli.submit)
 app.add_typer(jobs_cli.jobs_app, name="jobs")
 app.add_typer(cluster_cli.cluster_app, name="cluster")

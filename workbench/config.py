@@ -177,13 +177,24 @@ def _parse_override(override: str) -> tuple[str, Any]:
 
 def _assign(data: dict[str, Any], key: str, value: Any, override: str) -> None:
     *parents, last = key.split(".")
-    level = data
+    level: Any = data
     for parent in parents:
-        inner = level.setdefault(parent, {})
-        if not isinstance(inner, dict):
+        if isinstance(level, list):
+            level = level[_index(level, parent, override)]
+        else:
+            level = level.setdefault(parent, {})
+        if not isinstance(level, dict | list):
             raise UserError(f"override '{override}': '{parent}' holds a value, not a group of keys")
-        level = inner
-    level[last] = value
+    if isinstance(level, list):
+        level[_index(level, last, override)] = value
+    else:
+        level[last] = value
+
+
+def _index(items: list[Any], part: str, override: str) -> int:
+    if part.isdigit() and int(part) < len(items):
+        return int(part)
+    raise UserError(f"override '{override}': '{part}' is no place in a list of {len(items)}; count from 0")
 
 
 def _explain(schema: type[BaseModel], error: Any, places: dict[str, str], origin: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench.files import write_atomic
+from workbench.files import read_json, write_atomic, write_json
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -46,8 +46,15 @@ class Report:
         """Named links, relative to the report's folder."""
         self.sections.append({"kind": "links", "title": title, "targets": targets, "note": note})
 
+    def include(self, other: Path, kinds: tuple[str, ...] = ("figure",)) -> None:
+        """Append the sections of these ``kinds`` from another report, by the ``report.json`` it left."""
+        self.sections += [section for section in read_json(other)["sections"] if section["kind"] in kinds]
+
     def write(self, path: Path) -> None:
-        """Render to ``path``, atomically; plotly.js is inlined only where a figure needs it."""
+        """Render to ``path``, atomically, and the sections to ``report.json`` beside it for reports that gather others.
+
+        plotly.js is inlined only where a figure needs it.
+        """
         import jinja2
 
         environment = jinja2.Environment(
@@ -61,6 +68,7 @@ class Report:
         summary = {key: _cell(value) for key, value in self.summary.items()}
         page = environment.get_template("report.html.j2").render(report=self, summary=summary, plotly=script)
         write_atomic(path, page)
+        write_json(path.with_suffix(".json"), {"title": self.title, "sections": self.sections})
 
 
 def _cell(value: Any) -> str:

@@ -1,0 +1,164 @@
+"""``workbench demo``: the main job end to end on this machine, every step a Ray job on a head of its own.
+
+The head runs on loopback with token authentication and the dashboard, and the profiler records the whole time. A
+step that finished before with the same arguments and config is reused, unless ``fresh``.
+"""
+
+import hashlib
+import json
+import shlex
+import shutil
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from pydantic import Field
+
+from cluster.demo_display import Display
+from cluster.demo_jobs import DemoJobs
+from cluster.demo_report import headline, write_report
+from cluster.stages import Stage, Step, stages
+from workbench.config import CHECKOUT, Config, runs_root
+from workbench.files import read_json, write_atomic, write_json
+from workbench.runs import Run, Summary, run_id, state_of
+
+
+class DemoConfig(Config):
+    """What ``workbench demo`` takes."""
+
+    fresh: bool = Field(False, description="Run every stage again, even where an equal one finished.")
+    seed: int = Field(17, ge=0, description="Seed of the split, the training, the sweep and the evaluation.")
+
+
+def run(config: DemoConfig, run: Run) -> Summary:
+    """Run the stages in order and gather them in one report.
+
+    Raises Failure, naming the log and the command that repeats it, when a step ends badly.
+    """
+    if config.fresh:
+        shutil.rmtree(runs_root() / "demo", ignore_errors=True)
+    plan = stages()
+    with Display([stage.title for stage in plan] + ["Profile"]) as display, ExitStack() as head:
+        demo = Demo(config, run, display, head)
+        for index, stage in enumerate(plan):
+            demo.stage(index, stage)
+        demo.profile(len(plan))
+    return write_report(run, plan, demo.results, demo.commands)
+
+
+class Demo:
+    """One pass over the stages. The head starts with the first step that cannot be reused and ends with ``head``."""
+
+    def __init__(self, config: DemoConfig, run: Run, display: Display, head: ExitStack) -> None:
+        self.results: dict[str, Path] = {}
+        """Run folder of each finished step, by the step's key."""
+        self.commands: dict[str, str] = {}
+        """What a user types to repeat the step."""
+        self._config, self._run, self._display, self._head = config, run, display, head
+        self._jobs: DemoJobs | None = None
+        self._finished = FinishedSteps(runs_root() / "demo" / "finished.json")
+        self._phases = run.artifact("phases.jsonl")
+        self._stop_file = run.artifact("stop-recording")
+
+    def stage(self, index: int, stage: Stage) -> None:
+        """Run or reuse the steps of one stage, and show it as line ``index``."""
+        if stage.skip:
+            self._display.end(index, "skipped", stage.skip)
+            return
+        if self._reuse(stage):
+            self._display.end(index, "reused", headline(self.results[stage.steps[0].key]))
+            return
+        jobs = self._start_head()
+        self._display.begin(index)
+        began = time.time()
+        for step in stage.steps:
+            argv = self._arguments(step)
+            fingerprint = fingerprint_of(argv)
+            folder = None if stage.live else self._finished.get(fingerprint)
+            if folder is None:
+                folder = jobs.wait(jobs.start(step.key, argv), lambda text: self._display.found(index, text))
+                self._finished.put(fingerprint, folder)
+            self.results[step.key] = folder
+        with self._phases.open("a") as phases:
+            phases.write(json.dumps({"name": stage.title, "start": began, "end": time.time()}) + "\n")
+        self._display.end(index, "done", headline(self.results[stage.steps[0].key]))
+
+    def profile(self, index: int) -> None:
+        """End the recording and draw it; where everything was reused, take the drawing of the pass that ran it."""
+        if self._jobs is None and (folder := self._finished.get("timeline")) is not None:
+            self.results["timeline"] = folder
+            self._display.end(index, "reused", headline(folder))
+            return
+        jobs = self._start_head()
+        self._display.begin(index)
+        write_atomic(self._stop_file, "")
+        recording = jobs.wait(self._recorder)
+        argv = ["profile", "report", f"recording=runs/{run_id(recording)}", f"phases={self._phases}"]
+        self.results["timeline"] = jobs.wait(jobs.start("timeline", argv))
+        self.commands["timeline"] = _typed(argv)
+        self._finished.put("timeline", self.results["timeline"])
+        self._display.end(index, "done", headline(self.results["timeline"]))
+
+    def _reuse(self, stage: Stage) -> bool:
+        """Take all steps of the stage from earlier runs, or none."""
+        before = dict(self.results)
+        for step in stage.steps:
+            folder = self._finished.get(fingerprint_of(self._arguments(step)))
+            if folder is None:
+                self.results = before
+                return False
+            self.results[step.key] = folder
+        return True
+
+    def _arguments(self, step: Step) -> list[str]:
+        """The step's arguments, with earlier runs as ``runs/...`` paths, so that they can be typed as they are."""
+        runs = {key: f"runs/{run_id(folder)}" for key, folder in self.results.items()}
+        argv = [argument.format(**runs) for argument in step.command]
+        if step.seeded:
+            argv.append(f"seed={self._config.seed}")
+        self.commands[step.key] = _typed(argv)
+        return argv
+
+    def _start_head(self) -> DemoJobs:
+        if self._jobs is None:
+            from cluster.job_client import job_client
+            from cluster.local_head import local_head
+
+            self._run.say("starting a Ray head on loopback")
+            cluster = self._head.enter_context(local_head())
+            self._jobs = DemoJobs(job_client(cluster), self._run)
+            self._head.callback(self._jobs.stop_all)
+            self._phases.touch()
+            argv = ["profile", "record", "configs/demo/record.yaml", f"stop_file={self._stop_file}"]
+            self._recorder = self._jobs.start("record", argv)
+        return self._jobs
+
+
+class FinishedSteps:
+    """Which steps finished, by the fingerprint of their arguments and configs; kept in a file between demos."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def get(self, fingerprint: str) -> Path | None:
+        """The folder of the finished run that ``fingerprint`` names, if it is still there and whole."""
+        known = read_json(self._file) if self._file.exists() else {}
+        if fingerprint not in known:
+            return None
+        folder = Path(known[fingerprint])
+        return folder if (folder / "summary.json").is_file() and state_of(folder) == "finished" else None
+
+    def put(self, fingerprint: str, folder: Path) -> None:
+        """Remember a finished run."""
+        known = read_json(self._file) if self._file.exists() else {}
+        write_json(self._file, {**known, fingerprint: str(folder)})
+
+
+def fingerprint_of(argv: list[str]) -> str:
+    """SHA-256 (16 hex digits) of the arguments and of the text of each config file among them."""
+    texts = [(CHECKOUT / argument).read_text() for argument in argv if argument.endswith(".yaml")]
+    return hashlib.sha256(json.dumps([argv, texts]).encode()).hexdigest()[:16]
+
+
+def _typed(argv: list[str]) -> str:
+    return shlex.join(["workbench", *argv])

@@ -1,0 +1,113 @@
+"""The stages of ``workbench demo``: which commands, on whose results, in which order.
+
+A stage's arguments may hold ``{key}``, the run folder of an earlier command, written as ``runs/...`` so that the
+printed command can be typed as it is.
+"""
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+
+QUESTION = "how do I read a parquet file in parallel"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a stage. ``key`` names its run for later stages; ``seeded`` passes the demo's seed on."""
+
+    key: str
+    command: list[str]
+    seeded: bool = False
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A titled group of steps. ``skip`` says why it cannot run here, if it cannot; a ``live`` stage leaves something
+    running between its steps, so it is redone as a whole."""
+
+    title: str
+    steps: list[Step]
+    live: bool = False
+    skip: str = ""
+
+
+def stages() -> list[Stage]:
+    """All stages that run as jobs; the profiler brackets them and the report follows."""
+    return [
+        Stage("Documents", [Step("audit", ["data", "audit", "configs/demo/audit.yaml"])]),
+        Stage(
+            "Embed",
+            [
+                Step("embed", ["data", "embed", "configs/demo/embed.yaml", "documents={audit}/artifacts/documents"]),
+                Step("search", ["data", "search", "configs/demo/search.yaml", QUESTION]),
+            ],
+        ),
+        Stage(
+            "Base model",
+            [
+                Step(
+                    "pretrain",
+                    ["train", "pretrain", "configs/demo/pretrain.yaml", "documents={audit}/artifacts/documents"],
+                    seeded=True,
+                )
+            ],
+        ),
+        Stage(
+            "Fine-tune",
+            [
+                Step(
+                    "sft",
+                    ["train", "sft", "configs/demo/sft.yaml", "base={pretrain}/artifacts/model"],
+                    seeded=True,
+                )
+            ],
+        ),
+        Stage(
+            "Sweep",
+            [
+                Step(
+                    "tune",
+                    ["tune", "run", "configs/demo/sweep.yaml", "base.base={pretrain}/artifacts/model"],
+                    seeded=True,
+                )
+            ],
+        ),
+        Stage(
+            "Evaluate",
+            [
+                Step(
+                    "eval",
+                    [
+                        *["train", "eval", "configs/demo/eval.yaml", "base={pretrain}/artifacts/model"],
+                        "tuned={tune}/artifacts/best/merged",
+                    ],
+                    seeded=True,
+                )
+            ],
+        ),
+        Stage(
+            "Serve",
+            [
+                Step(
+                    "serve",
+                    [
+                        *["serve", "up", "configs/demo/serve.yaml", "models.0.source={pretrain}/artifacts/model"],
+                        "models.1.source={tune}/artifacts/best/merged",
+                    ],
+                ),
+                Step("ask", ["serve", "ask", "configs/demo/ask.yaml", QUESTION]),
+                Step("loadtest", ["serve", "loadtest", "configs/demo/loadtest.yaml"]),
+                Step("down", ["serve", "down"]),
+            ],
+            live=True,
+            skip=_why_no_vllm(),
+        ),
+    ]
+
+
+def _why_no_vllm() -> str:
+    if importlib.util.find_spec("vllm") is not None:
+        return ""
+    if sys.platform == "darwin":
+        return "vLLM has no macOS build; serve from a Linux machine of the cluster"
+    return "vLLM is not installed; install it with: pip install -e '.[cpu]' (or '.[cuda]' with an NVIDIA card)"
