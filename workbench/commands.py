@@ -77,7 +77,7 @@ def execute(group: str, name: str, command: Command, arguments: Sequence[str], *
     with open_run(group, name, config, name=run_name, argv=argv) as run:
         if command.ray:
             from workbench.session import connect
-        with connect() if command.ray else nullcontext():
+        with connect() if command.ray else nullcontext(False) as run.owns_ray:
             recorder = importlib.import_module("profiling.recorder") if profile else None
             with recorder.recording(run) if recorder else nullcontext():
                 summary = module.run(config, run)

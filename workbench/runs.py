@@ -60,6 +60,7 @@ class Run:
         self.command = command
         self.report = Report(title=f"workbench {command}")
         self.tracker = Tracker(folder, config.model_dump(mode="json"))
+        self.owns_ray = False  # True where this command's Ray was started for it and ends with it
         self._inputs: dict[str, Any] = {}
         self._status: dict[str, Any] = {}
 

@@ -1,0 +1,125 @@
+"""Our application inside Ray Serve: start it, look at it, take it down; other applications are left alone."""
+
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from workbench.errors import UserError
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+APPLICATION = "workbench"
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """What Serve knows of our application: its status, and each deployment's status, message and replicas."""
+
+    status: str
+    message: str
+    route_prefix: str
+    deployments: dict[str, dict[str, Any]]
+
+    def dead_replicas(self) -> list[dict[str, Any]]:
+        """Replicas that died recently, over all deployments."""
+        return [replica for d in self.deployments.values() for replica in d.get("recent_dead_replicas") or []]
+
+    def models(self) -> dict[str, dict[str, Any]]:
+        """The deployments that hold an engine, by model name."""
+        return {name.split(":", 1)[1]: d for name, d in self.deployments.items() if name.startswith("LLMServer:")}
+
+
+def _client() -> Any:
+    """Serve's client on this cluster, or None where Serve is not running."""
+    from ray.serve.context import _get_global_client
+
+    return _get_global_client(raise_if_no_controller_running=False)
+
+
+def deployed() -> Deployed | None:
+    """Our application on the connected cluster, or None."""
+    client = _client()
+    found = client.get_serve_details()["applications"].get(APPLICATION) if client else None
+    if found is None:
+        return None
+    return Deployed(str(_text(found["status"])), found["message"], found["route_prefix"] or "/", found["deployments"])
+
+
+def _text(status: Any) -> str:
+    return str(getattr(status, "value", status))
+
+
+def address() -> tuple[str, int] | None:
+    """The host and port that Serve's proxy listens on, or None where Serve is not running."""
+    client = _client()
+    return (client.http_config.host, client.http_config.port) if client else None
+
+
+def start_proxy(host: str, port: int) -> None:
+    """Start Serve with its proxy on ``host:port``.
+
+    Raises UserError if Serve already listens elsewhere (it cannot be moved) or the port is taken.
+    """
+    from ray import serve
+
+    if (running := address()) is not None:
+        if running != (host, port):
+            raise UserError(
+                f"Ray Serve already listens on {running[0]}:{running[1]} of this cluster and cannot be moved: "
+                f"give host={running[0]} port={running[1]}, or take Serve down first"
+            )
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(f"cannot listen on {host}:{port}: {error.strerror}; give another port=NUMBER") from None
+    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+
+
+def deploy(application: "Application", route_prefix: str) -> None:
+    """Hand the application to Serve without waiting for it.
+
+    Raises UserError if another application already has the route.
+    """
+    from ray import serve
+    from ray.serve.api import RunTarget
+
+    client = _client()
+    for name, other in (client.get_serve_details()["applications"] if client else {}).items():
+        if name != APPLICATION and other["route_prefix"] == route_prefix:
+            raise UserError(f"the application '{name}' already answers at {route_prefix}: give route_prefix=/NAME")
+    serve.run_many([RunTarget(application, APPLICATION, route_prefix)], wait_for_applications_running=False)
+
+
+def remove() -> bool:
+    """Delete our application, and Serve itself where nothing else runs in it. True if there was one."""
+    from ray import serve
+
+    client = _client()
+    if client is None:
+        return False
+    there = deployed() is not None
+    if there:
+        serve.delete(APPLICATION)
+    if not client.get_serve_details()["applications"]:
+        serve.shutdown()
+    return there
+
+
+def engine_log(application: Deployed, lines: int = 40) -> str:
+    """The last lines that the replicas which died wrote, or an empty text where Ray has kept none."""
+    from ray.exceptions import RayError
+    from ray.util.state import get_log
+    from ray.util.state.exception import RayStateApiException
+
+    tails = []
+    for replica in application.dead_replicas()[-2:]:
+        for suffix in ("out", "err"):
+            try:
+                tails += list(get_log(actor_id=replica["actor_id"], suffix=suffix, tail=lines))
+            except (RayStateApiException, RayError, OSError):
+                continue
+    return "\n".join("".join(tails).strip().splitlines()[-lines:])

@@ -1,0 +1,201 @@
+"""Deploy models with vLLM under Ray Serve and wait until each has answered a real request over HTTP.
+
+    workbench serve up configs/demo/serve.yaml
+
+On a cluster the application stays when the command ends (``serve down`` takes it away). With a Ray of the command's
+own nothing would keep it alive, so the command stays in the foreground until Ctrl-C and then takes all down.
+"""
+
+import time
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from serve.application import Deployed, deploy, deployed, engine_log, remove, start_proxy
+from serve.availability import available
+from serve.engine import ModelConfig, bundle, check_engine_arguments, llm_config, workers
+from serve.keys import default_key_file, digest, make_key
+from workbench.config import Config, OutputPath
+from workbench.errors import Failure, UserError
+from workbench.runs import Run, Summary
+
+INGRESS_CPUS = 0.1
+"""The ingress parses and forwards; it must fit beside the engines on two cores."""
+
+
+class ServeConfig(Config):
+    """What to serve, where."""
+
+    models: list[ModelConfig] = Field(min_length=1, description="Models, each behind its own name")
+    host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 opens it to the network")
+    port: int = Field(default=8000, ge=1, le=65535, description="Port to listen on")
+    route_prefix: str = Field(default="/", pattern=r"^/([\w-]+)?$", description="Path before /v1")
+    api_key_file: OutputPath | None = Field(
+        default=None, description="File of the API key, made if absent; default RUNS/.secrets/serve_key"
+    )
+    timeout: float = Field(default=900.0, gt=0, description="Seconds until every model must have answered")
+    replace: bool = Field(default=False, description="Take down what 'serve up' deployed before")
+    block: bool | None = Field(default=None, description="Stay in the foreground; default: only with a Ray of our own")
+
+    @field_validator("models")
+    @classmethod
+    def _distinct_names(cls, models: list[ModelConfig]) -> list[ModelConfig]:
+        names = [model.name for model in models]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two models have one name: {', '.join(names)}")
+        return models
+
+
+def run(config: ServeConfig, run: Run) -> Summary:
+    """Deploy, wait for a completion of every model, and stay or leave.
+
+    Raises UserError for what can be seen before, Failure when a model does not come up.
+    """
+    import ray
+
+    if (reason := available()) is not None:
+        raise UserError(reason)
+    begun = time.monotonic()
+    key_file = config.api_key_file or default_key_file()
+    key = make_key(key_file)
+    check_engine_arguments(config.models)
+    device = _devices(config.models, ray.cluster_resources())
+    if (before := deployed()) is not None:
+        if not config.replace:
+            raise UserError(
+                f"already up with {', '.join(before.models())}: run 'workbench serve down', or give replace=true"
+            )
+        run.say("taking down what was served before")
+        remove()
+
+    from serve.ingress import build_application  # imports vLLM
+
+    run.say(
+        f"starting {len(config.models)} engines: {', '.join(f'{m.name} ({device[m.name]})' for m in config.models)}"
+    )
+    for model in config.models:
+        run.input(f"model {model.name}", source=model.source)
+    base_url = f"http://{config.host}:{config.port}{config.route_prefix.rstrip('/')}/v1"
+    try:
+        start_proxy(config.host, config.port)
+        configs = [llm_config(model, device[model.name]) for model in config.models]
+        deploy(build_application(configs, digest(key), INGRESS_CPUS), config.route_prefix)
+        deadline = begun + config.timeout
+        _wait_running(run, deadline)
+        answers = {model.name: _first_completion(base_url, key, model.name, deadline) for model in config.models}
+    except BaseException:
+        remove()
+        raise
+    ready_s = time.monotonic() - begun
+    run.say(f"up after {ready_s:.0f} s: {base_url}  (key in {key_file})")
+    _report(run, config, base_url, answers)
+    if config.block if config.block is not None else run.owns_ray:
+        _stay(run)
+    return {
+        "url": base_url,
+        "models": ", ".join(model.name for model in config.models),
+        "key_file": str(key_file),
+        "ready_s": round(ready_s, 1),
+        **{f"first_completion_{name}_s": round(answer["seconds"], 3) for name, answer in answers.items()},
+    }
+
+
+def _devices(models: list[ModelConfig], resources: dict[str, float]) -> dict[str, Literal["cpu", "gpu"]]:
+    """Where each model runs. Raises UserError for a request that the cluster cannot ever satisfy."""
+    chosen: dict[str, Literal["cpu", "gpu"]] = {}
+    asked: dict[str, float] = {"CPU": INGRESS_CPUS}
+    for model in models:
+        auto: Literal["cpu", "gpu"] = "gpu" if resources.get("GPU", 0) > 0 else "cpu"
+        chosen[model.name] = auto if model.device == "auto" else model.device
+        for resource, amount in bundle(model, chosen[model.name]).items():
+            asked[resource] = asked.get(resource, 0) + amount * workers(model) * model.replicas
+    for resource, amount in asked.items():
+        if amount > resources.get(resource, 0):
+            raise UserError(
+                f"the models ask for {amount:g} {resource}, the cluster has {resources.get(resource, 0):g}: "
+                "lower replicas, cpus or gpus of the models, or add machines"
+            )
+    return chosen
+
+
+def _wait_running(run: Run, deadline: float) -> None:
+    """Return when every replica runs. Raises Failure with the engine's last lines when one cannot start."""
+    shown = ""
+    while time.monotonic() < deadline:
+        application = deployed()
+        if application is not None:
+            if application.status == "RUNNING":
+                return
+            if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise Failure(f"the deployment failed: {_reason(application)}")
+            states = {name: _state(d) for name, d in application.models().items()}
+            text = ", ".join(f"{name} {state}" for name, state in states.items())
+            if text != shown:
+                run.say(f"engines: {text}")
+                shown = text
+        time.sleep(0.5)
+    raise Failure(f"not up within the timeout ({shown}); {_reason(deployed())}")
+
+
+def _state(deployment: dict[str, Any]) -> str:
+    states = [str(getattr(r["state"], "value", r["state"])).lower() for r in deployment["replicas"]]
+    return "/".join(sorted(set(states))) or "waiting for resources"
+
+
+def _reason(application: Deployed | None) -> str:
+    if application is None:
+        return "the application is gone"
+    messages = [application.message, *(d["message"] for d in application.deployments.values())]
+    told = "\n".join(m.strip() for m in dict.fromkeys(messages) if m.strip())
+    log = engine_log(application)
+    return told + (f"\n--- last lines of the engine ---\n{log}" if log else "")
+
+
+def _first_completion(base_url: str, key: str, model: str, deadline: float) -> dict[str, Any]:
+    """A real completion of one token through the HTTP endpoint: its text and the seconds it took.
+
+    Raises Failure with the server's answer if there is none until the deadline.
+    """
+    import openai
+
+    said = "no answer"
+    with openai.OpenAI(base_url=base_url, api_key=key, timeout=60, max_retries=0) as client:
+        while time.monotonic() < deadline:
+            begun = time.monotonic()
+            try:
+                answer = client.completions.create(model=model, prompt="The", max_tokens=1, temperature=0)
+                return {"seconds": time.monotonic() - begun, "text": answer.choices[0].text}
+            except openai.APIStatusError as error:
+                if error.status_code not in (404, 503):  # the proxy does not know the route yet
+                    raise Failure(f"model '{model}' answered {error.status_code}: {error.message}") from None
+                said = str(error)
+            except openai.APIConnectionError as error:
+                said = str(error.__cause__ or error)
+            time.sleep(0.5)
+    raise Failure(f"model '{model}' gave no completion at {base_url}: {said}")
+
+
+def _report(run: Run, config: ServeConfig, base_url: str, answers: dict[str, dict[str, Any]]) -> None:
+    run.report.text("Endpoint", f"{base_url}, OpenAI-compatible, with an API key.")
+    rows = [
+        {
+            "model": model.name,
+            "source": model.source,
+            "replicas": model.replicas,
+            "first completion (s)": answers[model.name]["seconds"],
+        }
+        for model in config.models
+    ]
+    run.report.table("Models", rows)
+
+
+def _stay(run: Run) -> None:
+    """Hold the foreground until Ctrl-C or SIGTERM, then take the application down."""
+    run.say("serving in the foreground; Ctrl-C takes it down")
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        run.say("taking down")  # the ordinary end of a foreground server, not an interrupted run
+    finally:
+        remove()
