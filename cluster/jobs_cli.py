@@ -38,7 +38,7 @@ def submit(
     from cluster.jobs import submit as submit_job
 
     cluster = dashboard_address(address)
-    root = _runs_root_for(cluster, runs)
+    root = runs_root_for(cluster, runs)
     asked = EntrypointResources(cpus, gpus, memory << 20, _custom(resource or []))
     _check_command(command)
     client = job_client(cluster)
@@ -122,7 +122,11 @@ def _info(client: Any, job: str) -> Any:
         raise Failure(str(error)) from None
 
 
-def _runs_root_for(cluster: ClusterAddress, given: Path | None) -> Path:
+def runs_root_for(cluster: ClusterAddress, given: Path | None) -> Path:
+    """The cluster's runs root: as given, or ours where the cluster is on this machine or the variable names one.
+
+    Raises UserError if it is relative or not known.
+    """
     if given is not None:
         if not given.is_absolute():
             raise UserError(f"--runs {given}: give an absolute path on the cluster")

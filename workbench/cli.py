@@ -12,9 +12,10 @@ import typer
 from typer._click import Context, HelpFormatter  # typer carries its own click
 from typer._click.exceptions import ClickException
 
-from cluster import cluster_cli, jobs_cli
+from cluster import cluster_cli, jobs_cli, runs_remote_cli
 from workbench.commands import Command, execute
 from workbench.errors import Failure, UserError
+from workbench.runs_cli import runs_app
 
 GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
     "data": (
@@ -132,6 +133,10 @@ def demo(
 app.command()(jobs_cli.submit)
 app.add_typer(jobs_cli.jobs_app, name="jobs")
 app.add_typer(cluster_cli.cluster_app, name="cluster")
+runs_app.command("list")(runs_remote_cli.list_runs)
+runs_app.command("pull")(runs_remote_cli.pull)
+runs_app.command("send", hidden=True)(runs_remote_cli.send)
+app.add_typer(runs_app, name="runs")
 
 
 def main(argv: list[str] | None = None) -> None:
