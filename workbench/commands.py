@@ -3,8 +3,6 @@
 import importlib
 import json
 import re
-import signal
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -14,6 +12,7 @@ from typing import Any, get_type_hints
 
 from workbench.config import Config, load
 from workbench.errors import UserError
+from workbench.interrupt import catch_signals, one_exit_code
 from workbench.runs import finish, open_run
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=")
@@ -71,21 +70,32 @@ def execute(group: str, name: str, command: Command, arguments: Sequence[str], *
     file, overrides = parse_arguments(command, arguments)
     module = importlib.import_module(command.module)
     config = load(command.schema(), file, overrides)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    catch_signals()
     argv = [group, name, *arguments]
     begun = time.monotonic()
-    with open_run(group, name, config, name=run_name, argv=argv) as run:
+    with one_exit_code(), open_run(group, name, config, name=run_name, argv=argv) as run:
         if command.ray:
             from workbench.session import connect
         with connect() if command.ray else nullcontext(False) as run.owns_ray:
+            _exit_on_sigterm()
+            catch_signals()  # Ray has put its own handler in place
             recorder = importlib.import_module("profiling.recorder") if profile else None
             with recorder.recording(run) if recorder else nullcontext():
-                summary = module.run(config, run)
+                with run.marked_when_stopped():
+                    summary = module.run(config, run)
             if recorder:
                 recorder.add_to_report(run)
         summary = {**summary, "seconds": round(time.monotonic() - begun, 1)}
         finish(run, summary)
     show(summary, run.folder, as_json)
+
+
+def _exit_on_sigterm() -> None:
+    """Let SIGTERM unwind like Ctrl-C, so that every ``finally`` runs.
+
+    Called again after Ray has started: Ray puts a handler of its own in front, which aborts the process 3 s later.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def show(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
