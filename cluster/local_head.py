@@ -28,12 +28,12 @@ from workbench.errors import Failure, UserError
 from workbench.files import write_json
 from workbench.session import (
     QUIET,
-    SESSION_FILE,
-    STATE_FOLDER,
     ClusterAddress,
     local_cluster,
     make_token,
     object_store_bytes,
+    session_file,
+    state_folder,
     token_environment,
 )
 
@@ -49,9 +49,9 @@ def local_head(cpus: int | None = None) -> Iterator[ClusterAddress]:
     """
     if (running := local_cluster()) is not None:
         raise UserError(f"this checkout already runs a head at {running.dashboard}; stop that one first (Ctrl-C in it)")
-    token_file = make_token(STATE_FOLDER / "auth_token")
+    token_file = make_token(state_folder() / "auth_token")
     temp_dir = Path(tempfile.mkdtemp(prefix="wb-"))  # short: Ray's socket paths must stay under 107 characters
-    log = STATE_FOLDER / "head.log"
+    log = state_folder() / "head.log"
     gcs, dashboard, *rest = _free_ports(6)
     address = ClusterAddress(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", token_file)
     with log.open("w") as stream:
@@ -67,12 +67,12 @@ def local_head(cpus: int | None = None) -> Iterator[ClusterAddress]:
     try:
         _wait_until_up(process, address, log)
         write_json(
-            SESSION_FILE,
+            session_file(),
             {"pid": process.pid, "gcs": address.gcs, "dashboard": address.dashboard, "token_file": str(token_file)},
         )
         yield address
     finally:
-        SESSION_FILE.unlink(missing_ok=True)
+        session_file().unlink(missing_ok=True)
         _stop(process)
         shutil.rmtree(temp_dir, ignore_errors=True)
 
@@ -104,10 +104,17 @@ def _wait_until_up(process: "subprocess.Popen[bytes]", address: ClusterAddress, 
         if process.poll() is not None:
             raise Failure(f"the Ray head ended at start-up; its last lines ({log}):\n{_tail(log)}")
         with contextlib.suppress(Exception):
-            job_client(address).list_jobs()
-            return
+            if _alive_nodes(address):
+                return
         time.sleep(0.5)
     raise Failure(f"the Ray head did not answer within {START_SECONDS} s; its last lines ({log}):\n{_tail(log)}")
+
+
+def _alive_nodes(address: ClusterAddress) -> int:
+    job_client(address)  # refuses a wrong token, and sets ours for the State API below
+    from ray.util.state import list_nodes
+
+    return len(list_nodes(address.dashboard, filters=[("state", "=", "ALIVE")], timeout=5))
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:

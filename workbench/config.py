@@ -179,10 +179,7 @@ def _assign(data: dict[str, Any], key: str, value: Any, override: str) -> None:
     *parents, last = key.split(".")
     level: Any = data
     for parent in parents:
-        if isinstance(level, list):
-            level = level[_index(level, parent, override)]
-        else:
-            level = level.setdefault(parent, {})
+        level = level[_index(level, parent, override)] if isinstance(level, list) else level.setdefault(parent, {})
         if not isinstance(level, dict | list):
             raise UserError(f"override '{override}': '{parent}' holds a value, not a group of keys")
     if isinstance(level, list):

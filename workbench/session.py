@@ -22,8 +22,6 @@ from workbench.errors import UserError
 from workbench.files import read_json
 
 NAMESPACE = "workbench"
-STATE_FOLDER = CHECKOUT / ".workbench"
-SESSION_FILE = STATE_FOLDER / "cluster.json"
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -42,6 +40,16 @@ class ClusterAddress:
     gcs: str
     dashboard: str
     token_file: Path | None
+
+
+def state_folder() -> Path:
+    """The folder of this checkout's token and running head: ``$WORKBENCH_STATE``, or ``.workbench/``."""
+    return Path(os.environ.get("WORKBENCH_STATE") or CHECKOUT / ".workbench")
+
+
+def session_file() -> Path:
+    """Where the running head of this checkout is written down."""
+    return state_folder() / "cluster.json"
 
 
 def token_environment(token_file: Path) -> dict[str, str]:
@@ -70,7 +78,7 @@ def make_token(token_file: Path) -> Path:
 def local_cluster() -> ClusterAddress | None:
     """The head that this checkout keeps running on loopback, or None; a stale session file counts as none."""
     try:
-        session = read_json(SESSION_FILE)
+        session = read_json(session_file())
         os.kill(session["pid"], 0)
     except (OSError, ValueError, KeyError):
         return None
@@ -136,7 +144,7 @@ def _own_ray() -> Iterator[None]:
     import ray
 
     temp_dir = tempfile.mkdtemp(prefix="wb-")  # short: Ray's socket paths must stay under 107 characters
-    _use_token(make_token(STATE_FOLDER / "auth_token"))
+    _use_token(make_token(state_folder() / "auth_token"))
     print("starting a local Ray for this command", file=sys.stderr)
     try:
         ray.init(

@@ -1,0 +1,32 @@
+# make demo   installs into .venv and runs the main job end to end
+# make test   installs what the tests need and runs lint, types and tests
+# Variables of install.sh: PYTHON, EXTRA=cpu|cuda|none, TORCH_INDEX. Demo: ARGS="--fresh".
+
+RUN := .venv/bin/python -m
+export PYTHON EXTRA TORCH_INDEX
+
+.PHONY: demo test install lint clean
+
+demo: .venv/installed
+	$(RUN) workbench demo $(ARGS)
+
+test: lint
+	$(RUN) pytest $(ARGS)
+
+lint: .venv/installed-dev
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt install.sh
+	./install.sh
+	touch $@
+
+.venv/installed-dev: pyproject.toml constraints.txt install.sh
+	./install.sh dev
+	touch .venv/installed $@
+
+clean:
+	rm -rf .venv runs .workbench
