@@ -77,25 +77,15 @@ def execute(group: str, name: str, command: Command, arguments: Sequence[str], *
         if command.ray:
             from workbench.session import connect
         with connect() if command.ray else nullcontext(False) as run.owns_ray:
-            _exit_on_sigterm()
             catch_signals()  # Ray has put its own handler in place
             recorder = importlib.import_module("profiling.recorder") if profile else None
-            with recorder.recording(run) if recorder else nullcontext():
-                with run.marked_when_stopped():
-                    summary = module.run(config, run)
+            with recorder.recording(run) if recorder else nullcontext(), run.marked_when_stopped():
+                summary = module.run(config, run)
             if recorder:
                 recorder.add_to_report(run)
         summary = {**summary, "seconds": round(time.monotonic() - begun, 1)}
         finish(run, summary)
     show(summary, run.folder, as_json)
-
-
-def _exit_on_sigterm() -> None:
-    """Let SIGTERM unwind like Ctrl-C, so that every ``finally`` runs.
-
-    Called again after Ray has started: Ray puts a handler of its own in front, which aborts the process 3 s later.
-    """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def show(summary: dict[str, Any], folder: Path, as_json: bool) -> None:

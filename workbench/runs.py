@@ -86,6 +86,15 @@ class Run:
         print(text, file=sys.stderr, flush=True)
         self._write_status(progress=text)
 
+    @contextmanager
+    def marked_when_stopped(self) -> Iterator[None]:
+        """Write that the run was interrupted at once when it is: a job that is stopped has 3 s before its SIGKILL."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            self._write_status(state="interrupted")
+            raise
+
     def _write_status(self, **changes: Any) -> None:
         self._status |= changes
         write_json(self.folder / "status.json", self._status)
@@ -128,11 +137,11 @@ def open_run(
             write_atomic(folder / "error.txt", traceback.format_exc())
         raise
     finally:
-        run.tracker.close()
         run._write_status(
             state=state, ended=_now().isoformat(timespec="seconds"), error=detail,
             seconds=round(time.monotonic() - begun, 1),
         )  # fmt: skip
+        run.tracker.close()
 
 
 def finish(run: Run, summary: Mapping[str, Any]) -> None:

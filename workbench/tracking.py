@@ -62,7 +62,7 @@ class Tracker:
         if self._wandb is not None:
             if summary:
                 self._wandb.summary.update(summary)
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
     def _start(self) -> None:
         from tensorboardX import SummaryWriter
