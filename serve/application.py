@@ -27,7 +27,7 @@ class Deployed:
 
     def models(self) -> dict[str, dict[str, Any]]:
         """The deployments that hold an engine, by model name."""
-        return {name.split(":", 1)[1]: d for name, d in self.deployments.items() if name.startswith("LLMServer:")}
+        return {name.split(":", 1)[1]: d for name, d in self.deployments.items() if ":" in name}
 
 
 def _client() -> Any:

@@ -83,11 +83,17 @@ def llm_config(model: ModelConfig, device: Literal["cpu", "gpu"]) -> "LLMConfig"
     """The deployment of ``model`` on ``device``."""
     from ray.serve.llm import LLMConfig
 
+    local = Path(model.source).is_absolute()
     variables = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if Path(model.source).is_absolute():
+    if local:
         variables["HF_HUB_OFFLINE"] = "1"  # a local folder needs no hub, and must not wait for one
     if device == "cpu":
-        variables |= {"OMP_NUM_THREADS": str(model.threads)}
+        variables["OMP_NUM_THREADS"] = str(model.threads)
+    lighter: dict[str, Any] = {}
+    if local:
+        lighter["callback_config"] = {"callback_class": "serve.cpu_engine.LocalFolder"}
+    if device == "cpu" and workers(model) == 1:
+        lighter["server_cls"] = "serve.cpu_engine.SingleWorkerServer"
     return LLMConfig(
         model_loading_config={"model_id": model.name, "model_source": model.source},
         accelerator_config={"kind": device},
@@ -99,4 +105,5 @@ def llm_config(model: ModelConfig, device: Literal["cpu", "gpu"]) -> "LLMConfig"
             "max_constructor_retry_count": 1,  # a model that cannot load will not load the third time either
             "ray_actor_options": {"num_cpus": 0},  # the engine's bundle pays for the replica
         },
+        **lighter,
     )

@@ -6,6 +6,7 @@ On a cluster the application stays when the command ends (``serve down`` takes i
 own nothing would keep it alive, so the command stays in the foreground until Ctrl-C and then takes all down.
 """
 
+import logging
 import time
 from typing import Any, Literal
 
@@ -68,7 +69,7 @@ def run(config: ServeConfig, run: Run) -> Summary:
         run.say("taking down what was served before")
         remove()
 
-    from serve.ingress import build_application  # imports vLLM
+    from serve.ingress import build_application
 
     run.say(
         f"starting {len(config.models)} engines: {', '.join(f'{m.name} ({device[m.name]})' for m in config.models)}"
@@ -78,8 +79,10 @@ def run(config: ServeConfig, run: Run) -> Summary:
     base_url = f"http://{config.host}:{config.port}{config.route_prefix.rstrip('/')}/v1"
     try:
         start_proxy(config.host, config.port)
+        _quiet()
         configs = [llm_config(model, device[model.name]) for model in config.models]
         deploy(build_application(configs, digest(key), INGRESS_CPUS), config.route_prefix)
+        _quiet()  # again: building has imported more that sets up logging
         deadline = begun + config.timeout
         _wait_running(run, deadline)
         answers = {model.name: _first_completion(base_url, key, model.name, deadline) for model in config.models}
@@ -98,6 +101,12 @@ def run(config: ServeConfig, run: Run) -> Summary:
         "ready_s": round(ready_s, 1),
         **{f"first_completion_{name}_s": round(answer["seconds"], 3) for name, answer in answers.items()},
     }
+
+
+def _quiet() -> None:
+    """Keep Serve's and httpx' notes of every step off the terminal; ``run.say`` tells what matters."""
+    for name in ("ray.serve", "ray.llm", "ray.llm._internal", "httpx", "vllm"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _devices(models: list[ModelConfig], resources: dict[str, float]) -> dict[str, Literal["cpu", "gpu"]]:
