@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
 
 from workbench.errors import UserError
 
@@ -74,7 +74,9 @@ def resolve_path(path: Path) -> Path:
     return resolved
 
 
-def _existing(path: Path) -> Path:
+def _existing(path: Path, info: ValidationInfo) -> Path:
+    if info.context is UNVISITED:
+        return path
     try:
         resolved = resolve_path(path)
     except UserError as error:
@@ -89,6 +91,9 @@ def _existing(path: Path) -> Path:
     raise ValueError(f"no such file or folder: {resolved}{hint}")
 
 
+UNVISITED = {"paths": "unvisited"}
+"""Validation context in which an ``InputPath`` is taken as written, for configs whose inputs are yet to be made."""
+
 InputPath = Annotated[Path, AfterValidator(_existing)]
 """A path that must exist when the config is read; resolved by ``resolve_path``."""
 
@@ -98,9 +103,10 @@ OutputPath = Annotated[Path, AfterValidator(resolve_path)]
 C = TypeVar("C", bound=Config)
 
 
-def load(schema: type[C], file: Path | None = None, overrides: Sequence[str] = ()) -> C:
+def load(schema: type[C], file: Path | None = None, overrides: Sequence[str] = (), *, visit_paths: bool = True) -> C:
     """Build ``schema`` from a YAML file and ``dotted.key=value`` overrides (values are YAML), the latter winning.
 
+    Without ``visit_paths`` input paths need not exist.
     Raises UserError with the file and line, or the override, and the nearest valid key.
     """
     data: dict[str, Any] = {}
@@ -113,7 +119,7 @@ def load(schema: type[C], file: Path | None = None, overrides: Sequence[str] = (
         _assign(data, key, value, override)
         places[key] = f"override '{override}'"
     try:
-        return schema.model_validate(data)
+        return schema.model_validate(data, context=None if visit_paths else UNVISITED)
     except ValidationError as error:
         origin = str(file) if file else "the command line"
         raise UserError("\n".join(_explain(schema, e, places, origin) for e in error.errors())) from None

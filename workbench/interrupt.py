@@ -32,6 +32,6 @@ def one_exit_code() -> Iterator[None]:
     try:
         yield
     except SystemExit as stop:
-        if stop.code in (128 + signum for signum in SIGNALS):
+        if stop.code in {128 + signum for signum in SIGNALS}:
             raise
         raise SystemExit(EXIT_TERMINATED) from None
