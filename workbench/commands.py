@@ -75,9 +75,11 @@ def execute(group: str, name: str, command: Command, arguments: Sequence[str], *
     begun = time.monotonic()
     with one_exit_code(), open_run(group, name, config, name=run_name, argv=argv) as run:
         if command.ray:
-            from workbench.session import connect
+            from workbench.session import connect, hosts
         with connect() if command.ray else nullcontext(False) as run.owns_ray:
             catch_signals()  # Ray has put its own handler in place
+            if command.ray:
+                run.hosts(hosts())
             recorder = importlib.import_module("profiling.recorder") if profile else None
             with recorder.recording(run) if recorder else nullcontext(), run.marked_when_stopped():
                 summary = module.run(config, run)

@@ -7,6 +7,7 @@ This module and ``session.py`` are the only two that read environment variables.
 
 import difflib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
@@ -81,8 +82,11 @@ def _existing(path: Path, info: ValidationInfo) -> Path:
         resolved = resolve_path(path)
     except UserError as error:
         raise ValueError(str(error)) from error
-    if resolved.exists():
-        return resolved
+    try:
+        if resolved.exists():
+            return resolved
+    except PermissionError as error:
+        raise ValueError(f"may not look at {resolved}: {error.strerror}") from None
     parent = resolved.parent
     while not parent.exists():
         parent = parent.parent
@@ -125,9 +129,19 @@ def load(schema: type[C], file: Path | None = None, overrides: Sequence[str] = (
         raise UserError("\n".join(_explain(schema, e, places, origin) for e in error.errors())) from None
 
 
-def dump(config: BaseModel) -> str:
+def dump(config: BaseModel | dict[str, Any]) -> str:
     """The config as YAML with every default resolved, in the order of its fields."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = config.model_dump(mode="json") if isinstance(config, BaseModel) else config
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, except that ``1e-4`` is a number, as in YAML 1.2, and not a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
@@ -141,8 +155,8 @@ def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the config file {file}: {error}") from None
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
+        node = yaml.compose(text, Loader=_Loader)
+        data = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{file}:{mark.line + 1}" if mark else str(file)
@@ -176,7 +190,7 @@ def _parse_override(override: str) -> tuple[str, Any]:
     if not separator or not key.strip():
         raise UserError(f"'{override}' is not an override: write key=value, for example batch_size=64")
     try:
-        return key.strip(), yaml.safe_load(text) if text else ""
+        return key.strip(), yaml.load(text, Loader=_Loader) if text else ""
     except yaml.YAMLError as error:
         raise UserError(f"override '{override}': the value is not valid YAML: {error}") from None
 
@@ -185,7 +199,10 @@ def _assign(data: dict[str, Any], key: str, value: Any, override: str) -> None:
     *parents, last = key.split(".")
     level: Any = data
     for parent in parents:
-        level = level[_index(level, parent, override)] if isinstance(level, list) else level.setdefault(parent, {})
+        place = _index(level, parent, override) if isinstance(level, list) else parent
+        if isinstance(level, dict) and level.get(parent) is None:
+            level[parent] = {}  # absent, or null in the file
+        level = level[place]
         if not isinstance(level, dict | list):
             raise UserError(f"override '{override}': '{parent}' holds a value, not a group of keys")
     if isinstance(level, list):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from typing import Any
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write ``content`` to ``path`` so that a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     data = content.encode() if isinstance(content, str) else content
     with partial.open("wb") as stream:
         stream.write(data)
@@ -30,7 +31,12 @@ def read_json(path: Path) -> Any:
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 (hex, 16 digits) of a file's bytes, or of every file's relative name and bytes in a folder."""
+    """SHA-256 (hex, 16 digits) of a file's bytes, or of every file's relative name and bytes in a folder.
+
+    Raises FileNotFoundError if there is neither.
+    """
+    if not path.exists():
+        raise FileNotFoundError(path)
     digest = hashlib.sha256()
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     for file in files:

@@ -26,6 +26,7 @@ from typing import Any
 from workbench.config import CHECKOUT, Config, dump, runs_root, submitted_commit
 from workbench.errors import UserError
 from workbench.files import fingerprint, read_json, write_atomic, write_json
+from workbench.redact import redact, redact_argument
 from workbench.report import Report
 from workbench.tracking import Tracker
 
@@ -59,7 +60,7 @@ class Run:
         self.folder = folder
         self.command = command
         self.report = Report(title=f"workbench {command}")
-        self.tracker = Tracker(folder, config.model_dump(mode="json"))
+        self.tracker = Tracker(folder, redact(config.model_dump(mode="json")))
         self.owns_ray = False  # True where this command's Ray was started for it and ends with it
         self._inputs: dict[str, Any] = {}
         self._status: dict[str, Any] = {}
@@ -76,6 +77,11 @@ class Run:
             facts = {"path": str(path), "sha256": fingerprint(path), **facts}
         self._inputs[name] = facts
         write_json(self.folder / "inputs.json", self._inputs)
+
+    def hosts(self, hosts: list[dict[str, Any]]) -> None:
+        """Record the machines of the cluster that the run was given in ``environment.json``."""
+        file = self.folder / "environment.json"
+        write_json(file, {**read_json(file), "hosts": hosts})
 
     def metrics(self, step: int, **values: float) -> None:
         """Record scalars at ``step`` in metrics.jsonl, TensorBoard and W&B."""
@@ -115,7 +121,7 @@ def open_run(
     """
     folder = _new_folder(group, command, name)
     run = Run(folder, config, f"{group} {command}")
-    write_atomic(folder / "config.yaml", dump(config))
+    write_atomic(folder / "config.yaml", dump(redact(config.model_dump(mode="json"))))
     write_json(folder / "environment.json", describe_environment(argv))
     write_json(folder / "inputs.json", {})
     run._write_status(
@@ -162,7 +168,7 @@ def describe_environment(argv: Sequence[str] = ()) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "argv": list(argv),
+        "argv": [redact_argument(argument) for argument in argv],
         "git_commit": commit,
         "git_clean": clean,
         "python": platform.python_version(),
@@ -179,7 +185,7 @@ def git_commit(folder: Path) -> tuple[str, bool]:
     try:
         head = _git(folder, "rev-parse", "HEAD")
         return head, not _git(folder, "status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):
         return "", False
 
 
@@ -216,7 +222,10 @@ def latest(kind: str) -> Path:
     for folder in reversed(find_runs()):
         if folder.parent.name == kind and state_of(folder) == "finished":
             return folder
-    raise UserError(f"no finished run of '{kind}' under {runs_root()}; run: workbench {kind.replace('-', ' ', 1)}")
+    kinds = sorted({folder.parent.name for folder in find_runs()} - {kind})
+    near = difflib.get_close_matches(kind, kinds, 1)
+    hint = f"did you mean {near[0]}?" if near else f"run: workbench {kind.replace('-', ' ', 1)}"
+    raise UserError(f"no finished run of '{kind}' under {runs_root()}; {hint}")
 
 
 def run_id(folder: Path) -> str:
@@ -243,7 +252,7 @@ def resolve_run(reference: str) -> Path:
     Raises UserError when none or several match.
     """
     kind, _, last = reference.strip("/").rpartition("/")
-    if last == "latest":
+    if last == "latest" and kind:
         return latest(kind.removeprefix("runs/"))
     given = Path(reference).expanduser()
     if (given / "status.json").is_file():

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from workbench.config import CHECKOUT
 from workbench.errors import UserError
@@ -102,6 +103,21 @@ def dashboard_address(given: str | None = None) -> ClusterAddress:
         "no cluster to submit to: start one with 'workbench cluster local', "
         "or name one with --address http://HOST:8265 or RAY_API_SERVER_ADDRESS"
     )
+
+
+def hosts() -> list[dict[str, Any]]:
+    """The live machines of the connected cluster: name, resources (cards too) and labels."""
+    import ray
+
+    return [
+        {
+            "host": node["NodeManagerHostname"],
+            "resources": {k: v for k, v in sorted(node["Resources"].items()) if not k.startswith("node:")},
+            "labels": dict(sorted(node.get("Labels", {}).items())),
+        }
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
 
 
 @contextmanager
