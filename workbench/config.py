@@ -47,6 +47,11 @@ def inherited_environment() -> dict[str, str]:
     return dict(os.environ)
 
 
+def default_environment(name: str, value: str) -> None:
+    """Set the environment variable ``name``, for libraries that read it, unless the user has."""
+    os.environ.setdefault(name, value)
+
+
 def submitted_commit() -> tuple[str, bool] | None:
     """The git commit and cleanness that ``workbench submit`` passed to this job, or None outside one."""
     commit = os.environ.get(COMMIT_VARIABLE)

@@ -30,6 +30,7 @@ QUIET = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_JOB_STOP_WAIT_TIME_S": "20",
     "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_ERROR_REPORTING": "false",
 }
 """Set for every Ray process of ours: no telemetry, today's defaults, no warnings about tomorrow's."""
 

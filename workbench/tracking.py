@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from workbench.config import default_environment, environment
+
 
 def wandb_mode() -> str:
     """``WANDB_MODE`` if set, else ``online`` where a key is configured and ``offline`` where none is."""
-    from workbench.config import environment
-
     if mode := environment("WANDB_MODE"):
         return mode
     if environment("WANDB_API_KEY"):
@@ -76,6 +76,7 @@ class Tracker:
         mode = wandb_mode()
         if mode == "disabled":
             return None
+        default_environment("WANDB_ERROR_REPORTING", "false")  # importing wandb reports home even when it is offline
         import wandb
 
         settings = wandb.Settings(console="off", silent=True, disable_git=True, save_code=False)

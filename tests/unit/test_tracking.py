@@ -1,0 +1,141 @@
+"""Metrics: the same rows in metrics.jsonl, TensorBoard and W&B, with no account, no network and no prompt."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from workbench.tracking import Tracker, read_metrics, wandb_mode
+
+
+@pytest.fixture
+def no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave W&B out where a test is about something else: it takes seconds to start."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+@pytest.mark.usefixtures("no_wandb")
+def test_rows_reach_the_lines_file_in_order(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    for step in range(3):
+        tracker.log(step, loss=1.0 / (step + 1))
+    tracker.close()
+    assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [(0, 1.0), (1, 0.5), (2, 1 / 3)]
+
+
+@pytest.mark.usefixtures("no_wandb")
+def test_rows_are_on_disk_before_the_run_ends(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    tracker.log(1, loss=2.0)
+    assert read_metrics(tmp_path)[0]["loss"] == 2.0
+    tracker.close()
+
+
+@pytest.mark.usefixtures("no_wandb")
+def test_rows_reach_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = Tracker(tmp_path)
+    tracker.log(7, loss=0.25)
+    tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(7, 0.25)]
+
+
+def test_rows_reach_an_offline_wandb_run(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    tracker.log(1, loss=0.25)
+    tracker.close({"best": 0.25})
+    [offline] = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"loss" in offline.read_bytes()
+
+
+@pytest.mark.usefixtures("no_wandb")
+def test_not_a_number_is_null_in_json(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    tracker.log(1, loss=math.nan, scale=math.inf)
+    tracker.close()
+    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert (row["loss"], row["scale"]) == (None, None)
+
+
+def test_a_value_that_is_no_number_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="could not convert"):
+        Tracker(tmp_path).log(1, loss="low")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_metrics_writes_nothing(tmp_path: Path) -> None:
+    Tracker(tmp_path).close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+
+
+@pytest.fixture
+def no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_wandb_is_offline_without_a_key(no_account: Path) -> None:
+    assert wandb_mode() == "offline"
+
+
+def test_wandb_is_online_with_a_key(no_account: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert wandb_mode() == "online"
+
+
+def test_wandb_is_online_with_a_login_in_netrc(no_account: Path) -> None:
+    netrc = no_account / ".netrc"
+    netrc.write_text("machine api.wandb.ai login user password secret\n")
+    netrc.chmod(0o600)
+    assert wandb_mode() == "online"
+
+
+def test_the_mode_of_the_environment_wins(no_account: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert wandb_mode() == "disabled"
+
+
+def test_without_a_key_nothing_calls_out_and_nothing_asks(no_account: Path) -> None:
+    """Every HTTP client of the child process is pointed at a proxy that counts who knocks; stdin is closed."""
+    calls = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def count() -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                calls.append(connection)
+
+        threading.Thread(target=count, daemon=True).start()
+        proxy = f"http://127.0.0.1:{server.getsockname()[1]}"
+        variables = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+        for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+            variables |= {name: proxy, name.lower(): proxy}
+        script = (
+            "import sys; from pathlib import Path; from workbench.tracking import Tracker\n"
+            "tracker = Tracker(Path(sys.argv[1])); tracker.log(1, loss=0.5); tracker.close({'loss': 0.5})\n"
+        )
+        folder = no_account / "run"
+        folder.mkdir()
+        subprocess.run([sys.executable, "-c", script, str(folder)], env=variables, stdin=subprocess.DEVNULL, check=True)
+    assert read_metrics(folder)[0]["loss"] == 0.5
+    assert calls == []
