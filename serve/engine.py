@@ -4,9 +4,9 @@ import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
-from workbench.config import Config, resolve_path
+from workbench.config import UNVISITED, Config, resolve_path
 from workbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,12 +16,17 @@ CPU_ENGINE = {"enforce_eager": True, "kv_cache_memory_bytes": 256 << 20, "max_nu
 """On a CPU: nothing is compiled, and with a stated cache size vLLM also skips its warm-up forward."""
 
 
-def _source(value: str) -> str:
+def _source(value: str, info: ValidationInfo) -> str:
     """A folder that must exist where the text looks like a path or names one, else a hub name, unchanged."""
+    if info.context is UNVISITED:
+        return value
     looks_like_path = value.startswith((".", "/", "~", "runs/")) or Path(value).exists()
     if not looks_like_path:
         return value
-    path = resolve_path(Path(value))
+    try:
+        path = resolve_path(Path(value))
+    except UserError as error:
+        raise ValueError(str(error)) from error
     if not (path / "config.json").is_file():
         raise ValueError(f"no model there: {path / 'config.json'} does not exist")
     return str(path)

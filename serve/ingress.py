@@ -12,6 +12,9 @@ from serve.keys import digest
 if TYPE_CHECKING:
     from ray.serve import Application
     from ray.serve.llm import LLMConfig
+    from starlette.exceptions import HTTPException
+    from starlette.requests import Request
+    from starlette.responses import Response
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 OPEN_PATHS = frozenset({"/health"})
@@ -31,6 +34,8 @@ class RequireKey:
             await self.app(scope, receive, send)
             return
         if self._authorized(scope["headers"]):
+            # the replicas are sent the request's headers; the key ends here
+            scope["headers"] = [(n, v) for n, v in scope["headers"] if n.lower() != b"authorization"]
             await self.app(scope, receive, send)
             return
         if scope["type"] == "websocket":
@@ -68,6 +73,14 @@ async def health() -> dict[str, str]:
     return {"status": "ok"}
 
 
+async def openai_error(request: "Request", error: "HTTPException") -> "Response":
+    """An HTTP error of the ingress (unknown model, unknown route) in OpenAI's shape; its own says ``detail``."""
+    from starlette.responses import JSONResponse
+
+    body = {"message": str(error.detail), "type": "invalid_request_error", "param": None, "code": error.status_code}
+    return JSONResponse({"error": body}, status_code=error.status_code, headers=error.headers)
+
+
 def build_application(llm_configs: "list[LLMConfig]", key_sha256: str, ingress_cpus: float) -> "Application":
     """A Serve application: one vLLM deployment per config behind one key-guarded OpenAI ingress.
 
@@ -78,9 +91,11 @@ def build_application(llm_configs: "list[LLMConfig]", key_sha256: str, ingress_c
     from ray.llm._internal.serve.core.ingress.ingress import init
     from ray.serve.llm import build_llm_deployment
     from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
+    from starlette.exceptions import HTTPException
 
     app = init()
     app.get("/health")(health)
+    app.add_exception_handler(HTTPException, openai_error)
     app.add_middleware(RequireKey, key_sha256=key_sha256)  # added last, so it runs first
     options: dict[str, Any] = OpenAiIngress.get_deployment_options(llm_configs)
     options["ray_actor_options"] = {"num_cpus": ingress_cpus}

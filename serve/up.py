@@ -85,7 +85,7 @@ def run(config: ServeConfig, run: Run) -> Summary:
         _quiet()  # again: building has imported more that sets up logging
         deadline = begun + config.timeout
         _wait_running(run, deadline)
-        answers = {model.name: _first_completion(base_url, key, model.name, deadline) for model in config.models}
+        answers = {model.name: first_completion(base_url, key, model.name, deadline) for model in config.models}
     except BaseException:
         remove()
         raise
@@ -160,7 +160,7 @@ def _reason(application: Deployed | None) -> str:
     return told + (f"\n--- last lines of the engine ---\n{log}" if log else "")
 
 
-def _first_completion(base_url: str, key: str, model: str, deadline: float) -> dict[str, Any]:
+def first_completion(base_url: str, key: str, model: str, deadline: float) -> dict[str, Any]:
     """A real completion of one token through the HTTP endpoint: its text and the seconds it took.
 
     Raises Failure with the server's answer if there is none until the deadline.

@@ -1,0 +1,171 @@
+"""Answer a question from the documents: search Milvus, give the passages to a served model, print its sources.
+
+    workbench serve ask "how do I read a parquet file in parallel" configs/demo/ask.yaml
+
+Two modes. ``free``: the model writes an answer and cites passages by number. ``quote``: the model chooses one sentence
+of the passages under vLLM's guided decoding (``structured_outputs``), so the answer is always a quotation with its
+source; this suits models that are too small to write.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from serve.endpoint import DEFAULT_URL, choose_model, count_tokens, open_client, served_models
+from serve.passages import rank, sentences, trim
+from workbench.config import Config
+from workbench.errors import Failure, UserError
+from workbench.runs import Run, Summary
+
+if TYPE_CHECKING:
+    import openai
+    from data_pipelines.search import Hit
+
+UNKNOWN_CONTEXT = 4096
+TEMPLATE_TOKENS = 48
+"""Kept free for the chat template's own tokens, which no endpoint counts for us."""
+
+FREE = (
+    "Answer the question from the numbered passages alone. Cite each passage you use by its number, like [1]. "
+    "If the passages do not answer it, say so."
+)
+QUOTE = "Choose the sentence that answers the question."
+SENTENCE_CHARACTERS = (20, 300)
+
+
+class AskConfig(Config):
+    """A question, where to look and whom to ask."""
+
+    question: str = Field(description="The question", min_length=1)
+    uri: str = Field(description="Milvus: a file or folder of Milvus Lite, or http://HOST:19530")
+    collection: str = Field(default="documents", description="Collection to search")
+    embedding_model: str = Field(default="all-MiniLM-L6-v2", description="Model that the collection was embedded with")
+    limit: int = Field(default=4, ge=1, le=50, description="Passages to retrieve")
+    mode: Literal["free", "quote"] = Field(
+        default="free", description="free: write an answer; quote: choose a sentence"
+    )
+    candidates: int = Field(default=8, ge=1, description="Sentences the model may choose from in mode quote")
+    base_url: str = Field(default=DEFAULT_URL, description="OpenAI-compatible endpoint")
+    model: str | None = Field(default=None, description="Served model; default: the endpoint's last")
+    api_key_file: Path | None = Field(
+        default=None, description="File of the API key; default OPENAI_API_KEY, else the key that 'serve up' made"
+    )
+    max_tokens: int = Field(default=256, ge=1, description="Longest answer in mode free")
+    temperature: float = Field(default=0.0, ge=0, description="Sampling temperature; 0 takes the likeliest token")
+    timeout: float = Field(default=120.0, gt=0, description="Seconds to wait for the answer")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said, and which hits (by position) it rests on."""
+
+    text: str
+    cited: list[int]
+    prompt_tokens: int
+
+
+def run(config: AskConfig, run: Run) -> Summary:
+    """Retrieve, ask, and return the answer with its numbered sources."""
+    from data_pipelines.search import search
+
+    with open_client(config.base_url, config.api_key_file, config.timeout) as client:
+        served = served_models(client)
+        model = choose_model(served, config.model)
+        hits = search(config.question, config.uri, config.collection, config.limit, config.embedding_model)
+        if not hits:
+            raise Failure(f"the collection '{config.collection}' has no passage for this question")
+        run.say(f"{len(hits)} passages found, asking {model} (mode {config.mode})")
+        answer = answer_from(client, model, config, hits, served[model] or UNKNOWN_CONTEXT)
+    rows = [
+        {"number": i, "used": i - 1 in answer.cited, "score": hit.score, "title": hit.title, "source": hit.source,
+         "text": hit.text}
+        for i, hit in enumerate(hits, 1)
+    ]  # fmt: skip
+    run.report.text(f"Answer of {model} (mode {config.mode})", f"{config.question}\n\n{answer.text}")
+    run.report.table("Passages", rows)
+    return {
+        "question": config.question,
+        "answer": answer.text,
+        "mode": config.mode,
+        "model": model,
+        "cited": ", ".join(f"[{i + 1}]" for i in answer.cited),
+        "prompt_tokens": answer.prompt_tokens,
+        **{f"[{i}]": f"{hit.title} ({hit.source}, score {hit.score:.3f})" for i, hit in enumerate(hits, 1)},
+    }
+
+
+def answer_from(client: "openai.OpenAI", model: str, config: AskConfig, hits: "list[Hit]", context: int) -> Answer:
+    """The answer of ``model``, which has ``context`` tokens, from ``hits``, in the configured mode.
+
+    Raises UserError if the passages cannot fit, Failure if the endpoint gives no proper answer.
+    """
+    ask = _quote if config.mode == "quote" else _free
+    return ask(client, model, config, hits, context)
+
+
+def _free(client: "openai.OpenAI", model: str, config: AskConfig, hits: "list[Hit]", context: int) -> Answer:
+    """An answer in the model's own words over the passages that fit its context."""
+    fixed = count_tokens(client, model, f"{FREE}\n{config.question}") + TEMPLATE_TOKENS + 8 * len(hits)
+    budget = context - config.max_tokens - fixed
+    if budget < 16 * len(hits):
+        raise UserError(
+            f"model '{model}' has {context} tokens of context: no room for {len(hits)} passages beside "
+            f"max_tokens={config.max_tokens}; lower max_tokens or limit, or use mode=quote"
+        )
+    texts = trim([hit.text for hit in hits], budget, lambda text: count_tokens(client, model, text))
+    passages = "\n\n".join(
+        f"[{i}] {hit.title}\n{text}" for i, (hit, text) in enumerate(zip(hits, texts, strict=True), 1)
+    )
+    text, tokens = _chat(
+        client, model, config, f"{FREE}\n\n{passages}\n\nQuestion: {config.question}", config.max_tokens
+    )
+    return Answer(text, [i for i in range(len(hits)) if f"[{i + 1}]" in text], tokens)
+
+
+def _quote(client: "openai.OpenAI", model: str, config: AskConfig, hits: "list[Hit]", context: int) -> Answer:
+    """One sentence of the passages, chosen by the model among those that share most with the question."""
+    origin: dict[str, int] = {}
+    for position, hit in enumerate(hits):
+        for sentence in sentences(hit.text):
+            if SENTENCE_CHARACTERS[0] <= len(sentence) <= SENTENCE_CHARACTERS[1]:
+                origin.setdefault(sentence, position)
+    texts = list(origin)
+    budget = context - TEMPLATE_TOKENS - count_tokens(client, model, f"{QUOTE}\nQuestion: {config.question}")
+    chosen: list[str] = []
+    longest = 0
+    for index in rank(config.question, texts)[: config.candidates]:
+        length = count_tokens(client, model, f"- {texts[index]}\n") + 1
+        longest_then = max(longest, length)
+        if budget - length >= longest_then:  # the prompt's copy, and room to write the longest out again
+            chosen.append(texts[index])
+            budget -= length
+            longest = longest_then
+    if not chosen:
+        raise Failure(f"no sentence of the passages fits the {context} tokens of model '{model}'")
+    listed = "\n".join(f"- {sentence}" for sentence in chosen)
+    body = {"structured_outputs": {"choice": chosen}}
+    asked = f"{QUOTE}\n{listed}\nQuestion: {config.question}"
+    text, tokens = _chat(client, model, config, asked, longest + 1, body)
+    if text not in origin:
+        raise Failure(f"the endpoint does not keep to structured_outputs (it answered {text[:80]!r}): use mode=free")
+    return Answer(text, [origin[text]], tokens)
+
+
+def _chat(client: "openai.OpenAI", model: str, config: AskConfig, prompt: str, max_tokens: int,
+          extra_body: dict[str, Any] | None = None) -> tuple[str, int]:  # fmt: skip
+    """The model's answer and the tokens of the prompt. Raises Failure with the endpoint's reason."""
+    import openai
+
+    try:
+        answer = client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": prompt}],  # not every chat template has a system role
+            max_tokens=max_tokens,
+            temperature=config.temperature,
+            extra_body=extra_body,
+        )
+    except openai.OpenAIError as error:
+        raise Failure(f"{config.base_url} gave no answer: {error}") from None
+    return (answer.choices[0].message.content or "").strip(), answer.usage.prompt_tokens if answer.usage else 0

@@ -1,0 +1,78 @@
+"""Fitting retrieved passages into a prompt, and cutting them into sentences to quote. Pure text, no model."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+SENTENCE_END = re.compile(
+    r"(?:(?<=[.!?])|(?<=[.!?][\"')\]]))\s+(?=[A-Z0-9\"'(`\[])"  # a full stop, perhaps inside quotes or brackets
+    r"|\n\s*\n|\n(?=\s*[-*•]\s)"  # a paragraph, an item of a list
+)
+ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|etc|vs|cf|Fig|Eq|Dr|Mr|Ms|No|al)\.|\b[A-Z]\.)$")
+WORD = re.compile(r"\w+")
+
+
+def trim(passages: Sequence[str], budget: int, count: Callable[[str], int]) -> list[str]:
+    """Shorten the longest passages until all together have at most ``budget`` tokens by ``count``.
+
+    Short passages stay whole; the others share what is left equally. Cuts fall between words. Passages for which
+    nothing is left are empty.
+    """
+    lengths = [count(passage) for passage in passages]
+    allowed = budget
+    kept = list(passages)
+    while sum(count(passage) for passage in kept if passage) > budget:
+        shares = share(lengths, allowed)
+        kept = [_cut(p, s / n if n else 1.0) for p, n, s in zip(passages, lengths, shares, strict=True)]
+        allowed = int(allowed * 0.9) if allowed > 10 else allowed - 1
+        if allowed < 0:
+            return [""] * len(passages)
+    return kept
+
+
+def share(lengths: Sequence[int], budget: int) -> list[int]:
+    """Divide ``budget`` over items that want ``lengths``: none gets more than it wants, the rest is equal."""
+    shares = [0] * len(lengths)
+    left, wanting = max(budget, 0), sorted(range(len(lengths)), key=lambda i: lengths[i])
+    for position, index in enumerate(wanting):
+        shares[index] = min(lengths[index], left // (len(wanting) - position))
+        left -= shares[index]
+    return shares
+
+
+def _cut(text: str, fraction: float) -> str:
+    if fraction >= 1:
+        return text
+    short = text[: int(len(text) * fraction)]
+    return short.rsplit(None, 1)[0] if len(short.split()) > 1 else ""
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of ``text`` in order, white space normalised; common abbreviations do not end one."""
+    found: list[str] = []
+    open_part = ""
+    for part in SENTENCE_END.split(text):
+        joined = " ".join(f"{open_part} {part or ''}".split())
+        if ABBREVIATION.search(joined):
+            open_part = joined
+            continue
+        open_part = ""
+        if joined:
+            found.append(joined)
+    return [*found, open_part] if open_part else found
+
+
+def rank(question: str, candidates: Sequence[str]) -> list[int]:
+    """Indices of ``candidates``, those that share the rarest words with the question first; ties keep their order.
+
+    A word counts log(1 + N / n) where n of the N candidates have it (inverse document frequency), and a candidate's
+    score is divided by the root of its length, so that a long sentence does not win by length alone.
+    """
+    words = [{w.lower() for w in WORD.findall(c)} for c in candidates]
+    frequency = Counter(word for one in words for word in one)
+    asked = {w.lower() for w in WORD.findall(question)}
+    scores = [
+        sum(math.log1p(len(candidates) / frequency[w]) for w in asked & one) / math.sqrt(len(one) or 1) for one in words
+    ]
+    return sorted(range(len(candidates)), key=lambda i: (-scores[i], i))
