@@ -35,6 +35,6 @@ if __name__ == "__main__":
     def wait(ray: bool = False, fail: str = "") -> None:
         """Run the waiting command."""
         command = Command("waiting", "", ray=ray)
-        execute("test", "wait", command, [f"fail={fail}"], run_name="", as_json=True, profile=False)
+        execute("test", "wait", command, [f"fail={fail}"], run_name="", as_json=True)
 
     cli.main(sys.argv[1:])

@@ -65,6 +65,9 @@ next, for example:
   workbench cluster local          (then, in another terminal:)
   workbench submit -- data audit configs/demo/audit.yaml"""
 
+RECORDER = "profiling.recorder"
+"""What ``--profile`` samples the hosts with."""
+
 app = typer.Typer(
     name="workbench",
     help="A Ray-based research cluster workbench: audit, embed, fine-tune, sweep, serve and profile.",
@@ -93,7 +96,8 @@ def _add_command(group_app: typer.Typer, group: str, name: str, command: Command
         name_: Annotated[str, typer.Option("--name", help="A label for the run folder.")] = "",
         profile: Annotated[bool, typer.Option("--profile", help="Sample the hosts while it runs.")] = False,
     ) -> None:
-        execute(group, name, command, arguments or [], run_name=name_, as_json=as_json, profile=profile)
+        recorder = RECORDER if profile else ""
+        execute(group, name, command, arguments or [], run_name=name_, as_json=as_json, recorder=recorder)
 
 
 def _with_keys(command: Command) -> type[typer.core.TyperCommand]:
@@ -126,7 +130,7 @@ def demo(
     """Run the main job end to end on this machine: audit, embed, train, sweep, evaluate, serve, profile."""
     command = Command("cluster.demo", "", ray=False)
     overrides = [f"fresh={str(fresh).lower()}", f"seed={seed}"]
-    execute("workbench", "demo", command, overrides, run_name="", as_json=as_json, profile=False)
+    execute("workbench", "demo", command, overrides, run_name="", as_json=as_json)
     print(NEXT_LINES, file=sys.stderr)
 
 

@@ -62,9 +62,11 @@ def parse_arguments(command: Command, arguments: Sequence[str]) -> tuple[Path | 
 
 
 def execute(group: str, name: str, command: Command, arguments: Sequence[str], *, run_name: str, as_json: bool,
-            profile: bool) -> None:  # fmt: skip
+            recorder: str = "") -> None:  # fmt: skip
     """Run one command from its arguments: config, run folder, Ray session, summary, report.
 
+    ``recorder`` names the module whose ``recording(run)`` samples the hosts meanwhile and whose ``add_to_report(run)``
+    draws them; empty for none.
     Raises what the command raises, UserError for the user's mistakes.
     """
     file, overrides = parse_arguments(command, arguments)
@@ -80,11 +82,11 @@ def execute(group: str, name: str, command: Command, arguments: Sequence[str], *
             catch_signals()  # Ray has put its own handler in place
             if command.ray:
                 run.hosts(hosts())
-            recorder = importlib.import_module("profiling.recorder") if profile else None
-            with recorder.recording(run) if recorder else nullcontext(), run.marked_when_stopped():
+            profiler = importlib.import_module(recorder) if recorder else None
+            with profiler.recording(run) if profiler else nullcontext(), run.marked_when_stopped():
                 summary = module.run(config, run)
-            if recorder:
-                recorder.add_to_report(run)
+            if profiler:
+                profiler.add_to_report(run)
         summary = {**summary, "seconds": round(time.monotonic() - begun, 1)}
         finish(run, summary)
     show(summary, run.folder, as_json)
