@@ -111,8 +111,9 @@ def _with_keys(command: Command) -> type[typer.core.TyperCommand]:
                     "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)!r}"
                 )
                 rows.append((key, f"{field.description or ''} [{default}]".strip()))
-            with formatter.section("Config keys"):
-                formatter.write_dl(rows)
+            if rows:
+                with formatter.section("Config keys"):
+                    formatter.write_dl(rows)
 
     return WithKeys
 
