@@ -19,7 +19,7 @@ import yaml
 from workbench.files import fingerprint, read_json
 from workbench.runs import describe_environment, find_runs, run_id, state_of
 
-TIMING = re.compile(r"(^|_)(seconds|ms|latency|ttft|tpot|throughput|per_second|per_minute)(_|$)")
+TIMING = re.compile(r"(^|[_.])(seconds|ms|latency|ttft|tpot|throughput|per_second|per_minute)([_.]|$)")
 """Summary figures that a rerun need not repeat: how long something took."""
 
 TRASH = ".trash"

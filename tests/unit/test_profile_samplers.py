@@ -1,0 +1,68 @@
+"""Samplers on this very host: what they read is there, and what is missing has a name."""
+
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from profiling.recorder import HostRecorder
+from profiling.samplers import UNITS, HostSampler, NvidiaSampler, is_whole_disk
+from profiling.trace import read_samples
+from workbench.errors import Failure
+
+
+def test_every_reading_is_a_metric_with_a_unit() -> None:
+    readings = HostSampler().read()
+    assert {reading.metric for reading in readings} <= UNITS.keys()
+    assert {"cpu.busy", "memory.used", "network.sent_bytes"} <= {reading.metric for reading in readings}
+
+
+def test_each_core_and_the_memory_are_this_hosts() -> None:
+    sampler = HostSampler()
+    readings = sampler.read()
+    assert sum(reading.metric == "cpu.core_busy" for reading in readings) == psutil.cpu_count()
+    [used] = [reading.value for reading in readings if reading.metric == "memory.used"]
+    assert 0 < used < psutil.virtual_memory().total == sampler.facts()["memory_bytes"]
+
+
+def test_a_busy_core_shows(tmp_path: Path) -> None:
+    sampler = HostSampler()
+    end = time.process_time() + 0.3
+    while time.process_time() < end:
+        pass
+    cores = [reading.value for reading in sampler.read() if reading.metric == "cpu.core_busy"]
+    assert max(cores) > 20
+
+
+@pytest.mark.parametrize("name", ["loop0", "zram0", "dm-0", "md0", "nonesuch1"])
+def test_a_device_that_counts_bytes_a_second_time_is_no_disk(name: str) -> None:
+    if not sys.platform.startswith("linux"):
+        pytest.skip("other systems list whole disks only")
+    assert not is_whole_disk(name)
+
+
+def test_a_host_without_a_card_says_so_and_reads_no_zero() -> None:
+    sampler = NvidiaSampler()
+    if "gpu" not in sampler.missing:
+        pytest.skip("this host has a card")
+    assert "NVML" in sampler.missing["gpu"]
+    assert sampler.read() == []
+    assert sampler.facts() == {"gpus": []}
+    sampler.close()
+
+
+def test_a_recorder_writes_what_it_sampled_and_what_it_cost(tmp_path: Path) -> None:
+    recorder = HostRecorder(str(tmp_path), hertz=20)
+    time.sleep(1)
+    recorder.stop()
+    [trace] = read_samples(tmp_path).values()
+    assert trace.host == recorder.host
+    assert len(trace.series["cpu.busy", ""][0]) == trace.facts["samples"] >= 5
+    assert 0 < trace.facts["sampler_cpu_seconds"] < trace.facts["sampler_wall_seconds"]
+
+
+def test_a_host_that_does_not_see_the_storage_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(Failure, match="storage that all hosts share"):
+        HostRecorder(str(tmp_path / "elsewhere"))
