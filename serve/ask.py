@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from serve.endpoint import DEFAULT_URL, choose_model, count_tokens, open_client, served_models
+from data_pipelines.store import MilvusUri
+from serve.endpoint import DEFAULT_URL, choose_model, context_length, count_tokens, open_client, served_models
 from serve.passages import rank, sentences, trim
 from workbench.config import Config
 from workbench.errors import Failure, UserError
@@ -21,9 +22,9 @@ from workbench.runs import Run, Summary
 
 if TYPE_CHECKING:
     import openai
+
     from data_pipelines.search import Hit
 
-UNKNOWN_CONTEXT = 4096
 TEMPLATE_TOKENS = 48
 """Kept free for the chat template's own tokens, which no endpoint counts for us."""
 
@@ -39,9 +40,9 @@ class AskConfig(Config):
     """A question, where to look and whom to ask."""
 
     question: str = Field(description="The question", min_length=1)
-    uri: str = Field(description="Milvus: a file or folder of Milvus Lite, or http://HOST:19530")
+    uri: MilvusUri = Field(default="runs/milvus/documents.db", description="Milvus Lite folder NAME.db, or a server")
     collection: str = Field(default="documents", description="Collection to search")
-    embedding_model: str = Field(default="all-MiniLM-L6-v2", description="Model that the collection was embedded with")
+    embedding_model: str = Field(default="", description="Where the collection's model lies now; empty: where it lay")
     limit: int = Field(default=4, ge=1, le=50, description="Passages to retrieve")
     mode: Literal["free", "quote"] = Field(
         default="free", description="free: write an answer; quote: choose a sentence"
@@ -71,18 +72,19 @@ def run(config: AskConfig, run: Run) -> Summary:
     from data_pipelines.search import search
 
     with open_client(config.base_url, config.api_key_file, config.timeout) as client:
-        served = served_models(client)
-        model = choose_model(served, config.model)
+        model = choose_model(served_models(client), config.model)
         hits = search(config.question, config.uri, config.collection, config.limit, config.embedding_model)
         if not hits:
             raise Failure(f"the collection '{config.collection}' has no passage for this question")
         run.say(f"{len(hits)} passages found, asking {model} (mode {config.mode})")
-        answer = answer_from(client, model, config, hits, served[model] or UNKNOWN_CONTEXT)
+        answer = answer_from(client, model, config, hits, context_length(client, model))
     rows = [
         {"number": i, "used": i - 1 in answer.cited, "score": hit.score, "title": hit.title, "source": hit.source,
          "text": hit.text}
         for i, hit in enumerate(hits, 1)
     ]  # fmt: skip
+    if not answer.text:
+        run.say(f"{model} gave an empty answer")
     run.report.text(f"Answer of {model} (mode {config.mode})", f"{config.question}\n\n{answer.text}")
     run.report.table("Passages", rows)
     return {
@@ -135,7 +137,8 @@ def _quote(client: "openai.OpenAI", model: str, config: AskConfig, hits: "list[H
     budget = context - TEMPLATE_TOKENS - count_tokens(client, model, f"{QUOTE}\nQuestion: {config.question}")
     chosen: list[str] = []
     longest = 0
-    for index in rank(config.question, texts)[: config.candidates]:
+    weights = [max(hits[position].score, 0.0) for position in origin.values()]
+    for index in rank(config.question, texts, weights)[: config.candidates]:
         length = count_tokens(client, model, f"- {texts[index]}\n") + 1
         longest_then = max(longest, length)
         if budget - length >= longest_then:  # the prompt's copy, and room to write the longest out again

@@ -1,7 +1,7 @@
 """What every client of an OpenAI-compatible endpoint shares: where it is, its key, its models and their limits."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import openai
 
 DEFAULT_URL = "http://127.0.0.1:8000/v1"
+UNKNOWN_CONTEXT = 4096
 
 
 def open_client(base_url: str, api_key_file: Path | None, timeout: float) -> "openai.OpenAI":
@@ -59,6 +60,19 @@ def choose_model(served: dict[str, int | None], wanted: str | None) -> str:
 
 def count_tokens(client: "openai.OpenAI", model: str, text: str) -> int:
     """Tokens of ``text``: the server's own count, or one per three characters where it has no ``/tokenize``."""
+    answer = _tokenize(client, model, text)
+    return int(answer["count"]) if answer else len(text) // 3 + 1
+
+
+def context_length(client: "openai.OpenAI", model: str) -> int:
+    """The model's context in tokens, as its listing or ``/tokenize`` tells it, else a cautious 4096."""
+    told = served_models(client)[model]
+    if told is None and (answer := _tokenize(client, model, "x")):
+        told = answer.get("max_model_len")
+    return told or UNKNOWN_CONTEXT
+
+
+def _tokenize(client: "openai.OpenAI", model: str, text: str) -> dict[str, Any] | None:
     root = str(client.base_url).rstrip("/").removesuffix("/v1")
     answer = httpx.post(
         f"{root}/tokenize",
@@ -66,6 +80,4 @@ def count_tokens(client: "openai.OpenAI", model: str, text: str) -> int:
         headers={"Authorization": f"Bearer {client.api_key}"},
         timeout=30,
     )
-    if answer.status_code != 200:
-        return len(text) // 3 + 1
-    return int(answer.json()["count"])
+    return dict(answer.json()) if answer.status_code == 200 else None

@@ -94,11 +94,8 @@ def llm_config(model: ModelConfig, device: Literal["cpu", "gpu"]) -> "LLMConfig"
         variables["HF_HUB_OFFLINE"] = "1"  # a local folder needs no hub, and must not wait for one
     if device == "cpu":
         variables["OMP_NUM_THREADS"] = str(model.threads)
-    lighter: dict[str, Any] = {}
-    if local:
-        lighter["callback_config"] = {"callback_class": "serve.cpu_engine.LocalFolder"}
-    if device == "cpu" and workers(model) == 1:
-        lighter["server_cls"] = "serve.cpu_engine.SingleWorkerServer"
+    single = device == "cpu" and workers(model) == 1
+    skip_download = {"callback_config": {"callback_class": "serve.vllm_server.LocalFolder"}} if local else {}
     return LLMConfig(
         model_loading_config={"model_id": model.name, "model_source": model.source},
         accelerator_config={"kind": device},
@@ -110,5 +107,6 @@ def llm_config(model: ModelConfig, device: Literal["cpu", "gpu"]) -> "LLMConfig"
             "max_constructor_retry_count": 1,  # a model that cannot load will not load the third time either
             "ray_actor_options": {"num_cpus": 0},  # the engine's bundle pays for the replica
         },
-        **lighter,
+        server_cls="serve.vllm_server." + ("SingleWorkerServer" if single else "Server"),
+        **skip_download,
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from serve.keys import digest
 
 if TYPE_CHECKING:
+    from fastapi.exceptions import RequestValidationError
     from ray.serve import Application
     from ray.serve.llm import LLMConfig
     from starlette.exceptions import HTTPException
@@ -75,10 +76,24 @@ async def health() -> dict[str, str]:
 
 async def openai_error(request: "Request", error: "HTTPException") -> "Response":
     """An HTTP error of the ingress (unknown model, unknown route) in OpenAI's shape; its own says ``detail``."""
+    return _error(error.status_code, str(error.detail), None)
+
+
+async def invalid_request(request: "Request", error: "RequestValidationError") -> "Response":
+    """A body that is no valid request: 400 with the place and the reason.
+
+    Ray's own handler also echoes the offending value, and answers 500 where that is no JSON (NaN).
+    """
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    return _error(400, f"Invalid request: {first['msg']}" + (f" (at {place})" if place else ""), place or None)
+
+
+def _error(status: int, message: str, param: str | None) -> "Response":
     from starlette.responses import JSONResponse
 
-    body = {"message": str(error.detail), "type": "invalid_request_error", "param": None, "code": error.status_code}
-    return JSONResponse({"error": body}, status_code=error.status_code, headers=error.headers)
+    body = {"message": message, "type": "invalid_request_error", "param": param, "code": status}
+    return JSONResponse({"error": body}, status_code=status)
 
 
 def build_application(llm_configs: "list[LLMConfig]", key_sha256: str, ingress_cpus: float) -> "Application":
@@ -86,6 +101,7 @@ def build_application(llm_configs: "list[LLMConfig]", key_sha256: str, ingress_c
 
     Follows ``build_openai_app`` of ray.serve.llm 2.60, which takes no FastAPI app of one's own.
     """
+    from fastapi.exceptions import RequestValidationError
     from ray import serve
     from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
     from ray.llm._internal.serve.core.ingress.ingress import init
@@ -96,6 +112,7 @@ def build_application(llm_configs: "list[LLMConfig]", key_sha256: str, ingress_c
     app = init()
     app.get("/health")(health)
     app.add_exception_handler(HTTPException, openai_error)
+    app.add_exception_handler(RequestValidationError, invalid_request)
     app.add_middleware(RequireKey, key_sha256=key_sha256)  # added last, so it runs first
     options: dict[str, Any] = OpenAiIngress.get_deployment_options(llm_configs)
     options["ray_actor_options"] = {"num_cpus": ingress_cpus}

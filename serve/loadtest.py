@@ -77,7 +77,8 @@ def run(config: LoadTestConfig, run: Run) -> Summary:
                 raise Failure(f"{model} at concurrency {level}: no request succeeded ({row['error_kinds']})")
             rows.append({"model": model, "concurrency": level, **row})
             latencies[model, level] = [outcome for outcome in outcomes if not outcome.error]
-            run.metrics(level, **{f"{model}/{key}": value for key, value in row.items() if isinstance(value, float)})
+            numbers = {f"{model}/{key}": value for key, value in row.items() if isinstance(value, float)}
+            run.metrics(len(rows), concurrency=level, **numbers)
             run.say(
                 f"{model} x{level}: {row['output_tokens_per_s']:.0f} tokens/s, {row['requests_per_s']:.1f} requests/s, "
                 f"first token p50 {row['ttft_p50_ms']:.0f} ms, latency p95 {row['latency_p95_ms']:.0f} ms, "

@@ -63,11 +63,12 @@ def sentences(text: str) -> list[str]:
     return [*found, open_part] if open_part else found
 
 
-def rank(question: str, candidates: Sequence[str]) -> list[int]:
+def rank(question: str, candidates: Sequence[str], weights: Sequence[float] | None = None) -> list[int]:
     """Indices of ``candidates``, those that share the rarest words with the question first; ties keep their order.
 
-    A word counts log(1 + N / n) where n of the N candidates have it (inverse document frequency), and a candidate's
-    score is divided by the root of its length, so that a long sentence does not win by length alone.
+    A word counts log(1 + N / n) where n of the N candidates have it (inverse document frequency). A candidate's score
+    is divided by the root of its length, so that a long sentence does not win by length alone, and multiplied by its
+    weight where there are ``weights``.
     """
     words = [{w.lower() for w in WORD.findall(c)} for c in candidates]
     frequency = Counter(word for one in words for word in one)
@@ -75,4 +76,6 @@ def rank(question: str, candidates: Sequence[str]) -> list[int]:
     scores = [
         sum(math.log1p(len(candidates) / frequency[w]) for w in asked & one) / math.sqrt(len(one) or 1) for one in words
     ]
+    if weights is not None:
+        scores = [score * weight for score, weight in zip(scores, weights, strict=True)]
     return sorted(range(len(candidates)), key=lambda i: (-scores[i], i))

@@ -104,8 +104,8 @@ def run(config: ServeConfig, run: Run) -> Summary:
 
 
 def _quiet() -> None:
-    """Keep Serve's and httpx' notes of every step off the terminal; ``run.say`` tells what matters."""
-    for name in ("ray.serve", "ray.llm", "ray.llm._internal", "httpx", "vllm"):
+    """Keep Serve's and the HTTP client's notes of every step off the terminal; ``run.say`` tells what matters."""
+    for name in ("ray.serve", "ray.llm", "httpx", "httpx2", "vllm"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

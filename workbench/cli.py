@@ -46,7 +46,9 @@ GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
             "up": Command("serve.up", "Deploy models with vLLM under Ray Serve and wait for a real completion."),
             "status": Command("serve.status", "Show what is deployed and whether it answers."),
             "down": Command("serve.down", "Take the deployment down."),
-            "ask": Command("serve.ask", "Answer a question from the documents, with sources.", positional="question"),
+            "ask": Command(
+                "serve.ask", "Answer a question from the documents, with sources.", positional="question", ray=False
+            ),
             "loadtest": Command("serve.loadtest", "Measure throughput, time to first token and latency.", ray=False),
         },
     ),

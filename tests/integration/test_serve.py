@@ -10,7 +10,7 @@ import pytest
 from models import make_tiny_llama
 
 from serve import availability, down, loadtest, status, up
-from serve.endpoint import count_tokens, served_models
+from serve.endpoint import context_length, count_tokens
 from serve.keys import default_key_file, read_key
 from workbench.config import load
 from workbench.errors import UserError
@@ -61,7 +61,7 @@ def client(endpoint: str) -> Iterator[openai.OpenAI]:
 
 def test_models_are_listed_with_their_context(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny"]
-    assert served_models(client) == {"tiny": CONTEXT}
+    assert context_length(client, "tiny") == CONTEXT
 
 
 def test_a_completion_has_text_and_usage(client: openai.OpenAI) -> None:
@@ -174,7 +174,7 @@ def test_more_cards_than_the_cluster_has_are_refused_at_once(endpoint: str) -> N
     config = load(
         up.ServeConfig,
         None,
-        ["models=[{name: a, source: o/a, device: gpu, engine: {tensor_parallel_size: 2048}}]"],
+        ["models=[{name: a, source: o/a, device: gpu, cpus: 0.0001, engine: {tensor_parallel_size: 2048}}]"],
     )
     with pytest.raises(UserError, match="2048 GPU"):
         up.run(config, opened("up", config))

@@ -1,4 +1,4 @@
-"""A lighter start of vLLM under ``ray.serve.llm``: two processes for an engine on one CPU socket, not four.
+"""vLLM under ``ray.serve.llm``, with its tokenizer endpoint working and, on a CPU, with half of the processes.
 
 Each process of an engine imports vLLM for some ten seconds of CPU time and holds 0.8 GB. ``ray.serve.llm`` 2.60
 starts the replica, a task that looks for the model's files, vLLM's engine core and, on a CPU, a worker under the
@@ -24,7 +24,16 @@ class LocalFolder(CallbackBase):
         self.ctx.run_init_node = False
 
 
-class SingleWorkerEngine(VLLMEngine):
+class Engine(VLLMEngine):
+    """vLLM 0.32 renamed the attribute that ray.serve.llm 2.60 reads for ``/tokenize``, which then answers 400."""
+
+    async def start(self) -> None:
+        """Start, then hand over the tokenization service under its new name."""
+        await super().start()
+        self._oai_serving_tokenization = self._app_state.serving_tokenization
+
+
+class SingleWorkerEngine(Engine):
     """vLLM whose engine core runs the one CPU worker itself.
 
     vLLM insists on a worker process of its own because it sets OpenMP's variables for it; here they come from the
@@ -36,6 +45,12 @@ class SingleWorkerEngine(VLLMEngine):
     ) -> Any:
         vllm_engine_config.parallel_config.distributed_executor_backend = "uni"
         return super()._start_async_llm_engine(vllm_engine_args, vllm_engine_config, placement_group)
+
+
+class Server(LLMServer):
+    """The deployment class that uses ``Engine``."""
+
+    _default_engine_cls = Engine
 
 
 class SingleWorkerServer(LLMServer):
