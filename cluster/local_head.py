@@ -9,12 +9,10 @@
 import contextlib
 import ctypes
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +24,7 @@ from cluster.job_client import job_client
 from workbench.config import inherited_environment
 from workbench.errors import Failure, UserError
 from workbench.files import write_json
+from workbench.ray_files import ray_folder
 from workbench.session import (
     QUIET,
     ClusterAddress,
@@ -50,7 +49,11 @@ def local_head(cpus: int | None = None) -> Iterator[ClusterAddress]:
     if (running := local_cluster()) is not None:
         raise UserError(f"this checkout already runs a head at {running.dashboard}; stop that one first (Ctrl-C in it)")
     token_file = make_token(state_folder() / "auth_token")
-    temp_dir = Path(tempfile.mkdtemp(prefix="wb-"))  # short: Ray's socket paths must stay under 107 characters
+    with ray_folder() as temp_dir:
+        yield from _head_in(temp_dir, token_file, cpus)
+
+
+def _head_in(temp_dir: Path, token_file: Path, cpus: int | None) -> Iterator[ClusterAddress]:
     log = state_folder() / "head.log"
     gcs, dashboard, *rest = _free_ports(6)
     address = ClusterAddress(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", token_file)
@@ -74,7 +77,6 @@ def local_head(cpus: int | None = None) -> Iterator[ClusterAddress]:
     finally:
         session_file().unlink(missing_ok=True)
         _stop(process)
-        shutil.rmtree(temp_dir, ignore_errors=True)
 
 
 def _command(gcs: int, dashboard: int, ports: list[int], temp_dir: Path, cpus: int | None) -> list[str]:

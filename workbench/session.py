@@ -9,9 +9,7 @@ The cluster is, in this order: the one of the Ray job we run in or ``RAY_ADDRESS
 
 import os
 import secrets
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from typing import Any
 from workbench.config import CHECKOUT
 from workbench.errors import UserError
 from workbench.files import read_json
+from workbench.ray_files import ray_folder
 
 NAMESPACE = "workbench"
 
@@ -160,23 +159,22 @@ def _use_token(token_file: Path) -> None:
 def _own_ray() -> Iterator[None]:
     import ray
 
-    temp_dir = tempfile.mkdtemp(prefix="wb-")  # short: Ray's socket paths must stay under 107 characters
     _use_token(make_token(state_folder() / "auth_token"))
     print("starting a local Ray for this command", file=sys.stderr)
-    try:
-        ray.init(
-            address="local",
-            namespace=NAMESPACE,
-            include_dashboard=True,  # Ray Train's clean-up inside Tune asks the dashboard's State API
-            dashboard_host="127.0.0.1",
-            object_store_memory=object_store_bytes(),
-            log_to_driver=False,
-            _temp_dir=temp_dir,
-        )
-        yield
-    finally:
-        ray.shutdown()
-        shutil.rmtree(temp_dir, ignore_errors=True)
+    with ray_folder() as folder:
+        try:
+            ray.init(
+                address="local",
+                namespace=NAMESPACE,
+                include_dashboard=True,  # Ray Train's clean-up inside Tune asks the dashboard's State API
+                dashboard_host="127.0.0.1",
+                object_store_memory=object_store_bytes(),
+                log_to_driver=False,
+                _temp_dir=str(folder),
+            )
+            yield
+        finally:
+            ray.shutdown()
 
 
 def object_store_bytes() -> int:

@@ -1,0 +1,44 @@
+"""The folder of a Ray that we start: sockets, logs, spilled objects. It ends with its owner, or at the next start."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+PREFIX = "wb-"  # short: Ray's socket paths must stay under 107 characters
+LOCK = "owner.lock"
+
+
+@contextmanager
+def ray_folder() -> Iterator[Path]:
+    """A new folder that this process owns for the block; those whose owners were killed are removed first."""
+    remove_abandoned()
+    folder = Path(tempfile.mkdtemp(prefix="new"))
+    lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o600)  # not inherited: a child cannot hold it for us
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    folder = folder.rename(folder.with_name(PREFIX + folder.name.removeprefix("new")))  # seen by others only locked
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def remove_abandoned() -> None:
+    """Remove the folders whose owner is dead: a lock says so across containers, where a process id would not."""
+    for file in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}"):
+        try:
+            lock = os.open(file, os.O_RDWR)
+        except OSError:
+            continue  # gone meanwhile, or another user's
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        else:
+            shutil.rmtree(file.parent, ignore_errors=True)
+        finally:
+            os.close(lock)
