@@ -38,13 +38,6 @@ def test_each_card_reads_or_names_every_sensor(sampler: NvidiaSampler) -> None:
             assert ((metric, str(card)) in read) != (f"{metric} of card {card}" in sampler.missing)
 
 
-def test_reading_does_not_wait_for_the_pcie_window(sampler: NvidiaSampler) -> None:
-    begun = time.thread_time(), time.monotonic()
-    for _ in range(20):
-        sampler.read()
-    assert (time.monotonic() - begun[1]) / 20 < 0.04 * len(sampler.facts()["gpus"])
-
-
 def load(folder: Path, seconds: float) -> HostTrace:
     """Record while matrices are copied to the card and multiplied there."""
     import torch
