@@ -1,0 +1,83 @@
+"""Near duplicates by MinHash against brute force over all pairs."""
+
+import random
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipelines.duplicates import BANDS, band_keys, jaccard, normal_hash, shares_bucket, shingles, survivors
+
+VOCABULARY = [f"word{i}" for i in range(400)]
+
+
+def corpus(seed: int, families: int = 12) -> list[str]:
+    """Texts in families: a random one and versions of it with some words changed, shuffled."""
+    rng = random.Random(seed)
+    texts = []
+    for _ in range(families):
+        words = rng.choices(VOCABULARY, k=rng.randrange(15, 60))
+        for _ in range(rng.randrange(1, 6)):
+            version = list(words)
+            for _ in range(rng.randrange(0, 5)):
+                version[rng.randrange(len(version))] = rng.choice(VOCABULARY)
+            texts.append(" ".join(version))
+    rng.shuffle(texts)
+    return texts
+
+
+def decide(texts: list[str], keys: np.ndarray, threshold: float) -> dict[str, str]:
+    """Each near duplicate's survivor, as texts."""
+    sets = [shingles(text) for text in texts]
+    order = sorted(range(len(texts)), key=lambda i: (-len(texts[i]), texts[i]))
+    found = survivors(order, keys, lambda i: sets[i], threshold)
+    return {texts[i]: texts[survivor] for i, (survivor, _) in found.items()}
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1))
+def test_buckets_find_what_brute_force_finds(seed: int) -> None:
+    texts = sorted(set(corpus(seed)))
+    everyone_together = np.zeros((len(texts), 1), dtype=np.uint64)
+    assert decide(texts, band_keys(texts), 0.8) == decide(texts, everyone_together, 0.8)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32 - 1))
+def test_every_duplicate_is_like_its_survivor_and_survivors_are_not_alike(seed: int) -> None:
+    texts = sorted(set(corpus(seed)))
+    found = decide(texts, np.zeros((len(texts), 1), dtype=np.uint64), 0.7)
+    kept = [text for text in texts if text not in found]
+    assert all(jaccard(shingles(text), shingles(survivor)) >= 0.7 for text, survivor in found.items())
+    assert all(jaccard(shingles(a), shingles(b)) < 0.7 for i, a in enumerate(kept) for b in kept[:i])
+    assert set(found.values()) <= set(kept)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_the_outcome_does_not_depend_on_arrival(seed: int) -> None:
+    texts = sorted(set(corpus(seed)))
+    shuffled = random.Random(seed).sample(texts, len(texts))
+    assert decide(texts, band_keys(texts), 0.8) == decide(shuffled, band_keys(shuffled), 0.8)
+
+
+def test_jaccard() -> None:
+    assert jaccard({"a", "b", "c"}, {"b", "c", "d"}) == 0.5
+    assert jaccard(set(), set()) == 0.0
+
+
+def test_shingles_of_short_texts_are_the_text() -> None:
+    assert shingles("One, two!") == {"one two"}
+    assert shingles("...") == set()
+    assert shingles("a b c d") == {"a b c", "b c d"}
+
+
+def test_normal_hash_ignores_case_and_spacing_only() -> None:
+    assert normal_hash("Read the  file.\n") == normal_hash("read the file")
+    assert normal_hash("read the file") != normal_hash("read file the")
+
+
+def test_only_texts_with_a_neighbour_share_a_bucket() -> None:
+    keys = band_keys(["one two three four five", "one two three four five", "quite another text than that"])
+    assert keys.shape == (3, BANDS)
+    assert shares_bucket(keys).tolist() == [True, True, False]
