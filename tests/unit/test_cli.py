@@ -4,13 +4,11 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from made import made_recording
 
-from profiling.recorder import write_part
-from profiling.samplers import Reading
 from workbench.cli import GROUPS
 
 COMMANDS = [(group, name) for group, (_, commands) in GROUPS.items() for name in commands]
@@ -89,16 +87,8 @@ def test_a_mistake_ends_with_2_and_leaves_nothing(runs_root: Path, arguments: li
     assert not runs_root.exists()
 
 
-def recording(folder: Path) -> Path:
-    now = time.time()
-    samples = [(now + t, Reading("cpu.busy", "", 50.0)) for t in range(5)]
-    samples += [(now + t, Reading("memory.used", "", 1e9)) for t in range(5)]
-    write_part(folder / "artifacts" / "samples" / "somehost", samples)
-    return folder
-
-
 def test_json_is_all_there_is_on_stdout(runs_root: Path, tmp_path: Path) -> None:
-    done = workbench("profile", "report", f"recording={recording(tmp_path / 'recorded')}", "--json")
+    done = workbench("profile", "report", f"recording={made_recording(tmp_path / 'recorded')}", "--json")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert (summary["hosts"], summary["samples"], summary["cpu_mean_percent"]) == (1, 5, 50.0)
@@ -107,7 +97,7 @@ def test_json_is_all_there_is_on_stdout(runs_root: Path, tmp_path: Path) -> None
 
 
 def test_a_failure_ends_with_1_and_its_reason(runs_root: Path, tmp_path: Path) -> None:
-    folder = recording(tmp_path / "recorded")
+    folder = made_recording(tmp_path / "recorded")
     for part in folder.rglob("part-*"):
         part.write_bytes(b"PAR1 broken")
     done = workbench("profile", "report", f"recording={folder}")

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made import made_recording
 
-from profiling.recorder import write_part
-from profiling.samplers import Reading
 from workbench.files import read_json, write_json
 from workbench.run_records import Record, differences, differing, few_figures, is_timing, prunable, record_row, remove
 from workbench.runs import find_runs
@@ -140,9 +139,7 @@ def test_other_figures_are_not_timing(key: str) -> None:
 
 def recorded_report(tmp_path: Path) -> str:
     """Run ``profile report`` on a made recording; the run's id."""
-    now = time.time()
-    samples = [(now + t, Reading(metric, "", 50.0)) for t in range(5) for metric in ("cpu.busy", "memory.used")]
-    write_part(tmp_path / "recording" / "artifacts" / "samples" / "box", samples)
+    made_recording(tmp_path / "recording")
     done = workbench("profile", "report", f"recording={tmp_path / 'recording'}", "--json")
     assert done.returncode == 0, done.stderr
     return "profile-report/" + Path(json.loads(done.stdout)["run"]).name
@@ -171,9 +168,7 @@ def test_reproduce_warns_of_another_commit_and_of_a_changed_input(runs_root: Pat
     first = recorded_report(tmp_path)
     file = runs_root / first / "environment.json"
     write_json(file, {**read_json(file), "git_commit": "0" * 40, "git_clean": True})
-    now = time.time()
-    samples = [(now + t, Reading(metric, "", 70.0)) for t in range(5) for metric in ("cpu.busy", "memory.used")]
-    write_part(tmp_path / "recording" / "artifacts" / "samples" / "box", samples)
+    made_recording(tmp_path / "recording", busy=70)
     result = json.loads(workbench("runs", "reproduce", first, "--json").stdout)
     assert any(warning.startswith(f"git_commit was {'0' * 40}, is ") for warning in result["warnings"])
     assert any(warning.startswith("input 'recording' has changed") for warning in result["warnings"])
