@@ -1,0 +1,68 @@
+"""Text to pretrain on: records of molecules, then documents, packed into blocks of one length.
+
+A record states what RDKit computes about a molecule, in an order drawn anew each time:
+
+    CC(=O)Oc1ccccc1C(=O)O
+    donors: 1; rings: 1; formula: C9H8O4; groups: acid, ester; ...
+
+Each molecule comes once with its canonical SMILES and then with randomised ones, which is augmentation for a grammar
+in which one molecule has many spellings (Bjerrum 2017, arXiv:1703.07076).
+"""
+
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from workbench.errors import UserError
+from workloads.chemistry import Molecule, answers
+
+
+def molecule_records(molecules: Sequence[Molecule], *, copies: int, seed: int) -> list[str]:
+    """``copies`` records of every molecule, shuffled; the first of each with the canonical SMILES."""
+    from rdkit import Chem
+
+    draw = random.Random(f"records {seed}")
+    records = []
+    for molecule in molecules:
+        mol = Chem.MolFromSmiles(molecule.smiles)
+        facts = [f"{name}: {answer}" for name, answer in answers(molecule.smiles).items()]
+        spellings = (
+            Chem.MolToRandomSmilesVect(mol, copies - 1, randomSeed=draw.randrange(1, 2**31)) if copies > 1 else []
+        )
+        for smiles in [molecule.smiles, *spellings]:
+            draw.shuffle(facts)
+            records.append(f"{smiles}\n{'; '.join(facts)}")
+    draw.shuffle(records)
+    return records
+
+
+def read_documents(folder: Path, *, limit: int, characters: int) -> list[str]:
+    """The first ``characters`` of up to ``limit`` documents with ``keep`` true, from Parquet files in name order.
+
+    Raises UserError where there is no Parquet file or no column ``text``.
+    """
+    import pyarrow.parquet as pq
+
+    files = sorted(folder.rglob("*.parquet")) if folder.is_dir() else [folder]
+    if not files:
+        raise UserError(f"documents: no Parquet file in {folder}; give the documents folder of a 'data audit' run")
+    texts: list[str] = []
+    for file in files:
+        columns = pq.read_schema(file).names
+        if "text" not in columns:
+            raise UserError(f"documents: {file} has no column 'text', only {', '.join(columns)}")
+        table = pq.read_table(file, columns=[c for c in ("text", "keep") if c in columns]).to_pydict()
+        kept = table.get("keep", [True] * len(table["text"]))
+        texts += [text[:characters] for text, keep in zip(table["text"], kept, strict=True) if keep and text]
+        if len(texts) >= limit:
+            break
+    return texts[:limit]
+
+
+def pack(texts: Iterable[str], tokenizer: Any, block: int) -> list[list[int]]:
+    """Token ids of all texts, each ended by the end token, cut into blocks of ``block`` ids; the rest is dropped."""
+    ids: list[int] = []
+    for encoded in tokenizer(list(texts), add_special_tokens=False).input_ids:
+        ids += [*encoded, tokenizer.eos_token_id]
+    return [ids[start : start + block] for start in range(0, len(ids) - block + 1, block)]

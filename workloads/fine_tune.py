@@ -1,0 +1,100 @@
+"""One fine-tuning: what a Ray Train worker of ``train sft`` and a trial of ``tune run`` both do."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from workloads.instructions import Instruction, encode, read_jsonl
+from workloads.sft import SftConfig
+from workloads.training.adapters import add_adapter, load_base, save_adapter, trainable_parameters
+from workloads.training.fsdp import full_state, shard, sharded_bytes
+from workloads.training.loop import Batches, Events, History, Row, train
+from workloads.training.ray_train import WorkerEvents, device_of
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """What came out on this rank; ``storage`` has the bytes of the parameters it holds and of the whole model."""
+
+    history: History
+    storage: dict[str, int]
+    trained_parameters: int
+    truncated: int
+    resumed_from: int
+
+
+def sft_worker(payload: dict[str, Any]) -> dict[str, Any]:
+    """The training function of a Ray Train worker; returns rank 0's results and every rank's bytes."""
+    import ray.train
+
+    config: SftConfig = payload["config"]
+    rank = ray.train.get_context().get_world_rank()
+    events = WorkerEvents(Path(payload["run_folder"]), rank)
+    train_rows, held_out = (read_jsonl([Path(payload[part])]) for part in ("train", "validation"))
+    done = fine_tune(
+        config, train_rows, held_out, device=device_of(config), events=events, result=Path(payload["result"]), rank=rank
+    )
+    events.close()
+    storage: list[Any] = [done.storage]
+    if torch.distributed.is_initialized():
+        storage = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(storage, done.storage)
+    return {
+        "train": done.history.train, "validation": done.history.validation, "storage": storage,
+        "trained_parameters": done.trained_parameters, "truncated": done.truncated, "resumed_from": done.resumed_from,
+    }  # fmt: skip
+
+
+def fine_tune(
+    config: SftConfig,
+    train_rows: list[Instruction],
+    held_out: list[Instruction],
+    *,
+    device: torch.device,
+    events: Events,
+    result: Path,
+    rank: int = 0,
+) -> FineTuned:
+    """Fine-tune ``config.base`` on ``train_rows`` and write the adapter (or, with method full, the model) to
+    ``result``. Runs on every rank of the process group, or alone where there is none."""
+    tokenizer = AutoTokenizer.from_pretrained(config.base)
+    rows = [encode(row, tokenizer, config.max_length) for row in train_rows]
+    validation = [encode(row, tokenizer, config.max_length) for row in held_out]
+
+    model = load_base(config.base, config.compute_dtype, config.quantization, device)
+    torch.manual_seed(config.seed)  # the same new adapter on every rank
+    if config.method == "lora":
+        model = add_adapter(model, config.adapter)
+    if config.gradient_checkpointing:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if torch.distributed.is_initialized() and config.strategy == "fsdp2":
+        shard(model, getattr(torch, config.compute_dtype))
+    optimizer = torch.optim.AdamW(
+        trainable_parameters(model), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
+    )
+    start = events.resume(model, optimizer) if isinstance(events, WorkerEvents) else 0
+    storage = sharded_bytes(model)
+
+    history = train(
+        model,
+        Batches([Row(row.ids, row.labels) for row in rows], config.batch_size, config.seed),
+        config,
+        validation=[Row(row.ids, row.labels) for row in validation],
+        events=events,
+        optimizer=optimizer,
+        start=start,
+    )
+    state = full_state(model)  # collective: every rank gathers, rank 0 writes
+    if rank == 0:
+        save_adapter(model, state, result)
+        tokenizer.save_pretrained(str(result))
+        (result / "history.json").write_text(json.dumps({"train": history.train, "validation": history.validation}))
+    return FineTuned(
+        history, storage, sum(p.numel() for p in optimizer.param_groups[0]["params"]),
+        sum(row.truncated for row in rows), start,
+    )  # fmt: skip

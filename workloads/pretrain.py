@@ -1,0 +1,94 @@
+"""Train a small decoder-only Transformer from scratch, with a tokenizer of its own.
+
+    workbench train pretrain configs/demo/pretrain.yaml steps=400
+
+The architecture is Llama (RMSNorm, rotary positions, SwiGLU), which Transformers and vLLM load. The corpus is what
+RDKit computes about the training molecules of the chemistry workload, and documents of a ``data audit`` run.
+Artifact: ``model/``, weights, tokenizer and chat template.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from workbench.config import Config, InputPath
+from workbench.files import write_json
+from workbench.runs import Run, Summary
+from workloads.training.config import TrainingConfig
+
+
+class ArchitectureConfig(Config):
+    """Sizes of the Llama model."""
+
+    hidden_size: int = Field(192, ge=32, description="width")
+    layers: int = Field(4, ge=1, description="decoder layers")
+    head_size: int = Field(32, description="width of an attention head; vLLM's CPU kernels take 32, 64, 96, 128, ...")
+    mlp_size: int = Field(512, ge=32, description="width of the SwiGLU layer")
+    context: int = Field(2048, ge=64, description="largest position")
+
+    @model_validator(mode="after")
+    def _heads(self) -> "ArchitectureConfig":
+        if self.hidden_size % self.head_size:
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of head_size {self.head_size}")
+        return self
+
+
+class PretrainConfig(TrainingConfig):
+    """Config of ``train pretrain``."""
+
+    model: ArchitectureConfig = Field(ArchitectureConfig(), description="sizes of the model")
+    vocabulary: int = Field(1024, ge=300, description="tokens of the tokenizer, bytes and special ones included")
+    block: int = Field(256, ge=16, description="tokens in a training sequence")
+    documents: InputPath | None = Field(
+        None, description="Parquet (text, keep) of a data audit run; none: chemistry only"
+    )
+    document_share: float = Field(0.1, ge=0, lt=1, description="share of the training tokens that documents give")
+    split_seed: int = Field(0, description="which molecules are held out: not one of them is trained on")
+    chemistry_copies: int = Field(0, ge=0, description="spellings of each molecule; 0: as many as the steps can use")
+
+
+def run(config: PretrainConfig, run: Run) -> Summary:
+    """Build corpus and tokenizer, train on Ray Train workers, and report."""
+    from workloads.training.ray_train import check_placement, fit
+
+    check_placement(config)
+    if config.documents:
+        run.input("documents", path=config.documents)
+    from workloads.pretraining import build_corpus, pretrain_worker
+
+    model = run.artifact("model")
+    corpus = build_corpus(config, run, model)
+    run.say(f"training {config.steps} steps of {config.batch_size * config.block:,} tokens")
+    done = fit(pretrain_worker, {"config": config, **corpus["files"], "result": str(model)}, config, run)
+    write_json(model / "chemistry_split.json", {"split_seed": config.split_seed})
+    report(config, run, corpus["facts"], done)
+    return {
+        "parameters": done["parameters"],
+        "tokens": config.steps * config.batch_size * config.block,
+        "tokens_per_second": done["tokens_per_second"],
+        "loss": done["train"][-1][1],
+        "validation_loss": done["validation"][-1][1],
+        "vocabulary": corpus["facts"]["vocabulary"],
+        "resumed_from": done["resumed_from"],
+    }
+
+
+def report(config: PretrainConfig, run: Run, facts: dict[str, Any], done: dict[str, Any]) -> None:
+    """The loss curve, the corpus, and what the model writes."""
+    from workloads.figures import loss_curves
+
+    run.report.heading("Training", f"{done['parameters']:,} parameters, {config.workers} workers")
+    run.report.figure(
+        "Loss", loss_curves(done["train"], done["validation"]),
+        "Nats per token; lower is better. Held out: records of molecules in the validation part.",
+    )  # fmt: skip
+    run.report.table(
+        "Samples",
+        done["samples"],
+        "Greedy continuations; the truth is RDKit's. The molecules are from the validation part.",
+    )
+    run.report.heading("Corpus")
+    run.report.table("What it is made of", [{"fact": key, "value": value} for key, value in facts.items()])
+    run.report.text("A record", str(Path(run.artifact("record.txt")).read_text()))
+    run.report.links("Artifacts", {"model and tokenizer": "artifacts/model/"})

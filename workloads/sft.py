@@ -1,0 +1,136 @@
+"""Fine-tune a model on instructions: QLoRA, LoRA or all weights, sharded over workers.
+
+    workbench train sft configs/demo/sft.yaml adapter.rank=32
+
+Ray Train starts the workers, FSDP2 shards the (4-bit) base over them, and ``training/loop.py`` trains the adapter on
+the answers alone. A dead worker is replaced and training goes on from the last checkpoint. Artifacts: ``adapter/``,
+``merged/`` (the base with the adapter added, for Transformers and vLLM), ``test.jsonl`` (held out from all of it).
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from workbench.errors import UserError
+from workbench.runs import Run, Summary
+from workloads.instructions import SPLIT_FILE, load_instructions, refuse_other_split, write_jsonl
+from workloads.sources import CHEMISTRY, DataSource, ModelSource
+from workloads.training.config import AdapterConfig, TrainingConfig
+
+
+class SftConfig(TrainingConfig):
+    """Config of ``train sft``; also what a sweep varies."""
+
+    base: ModelSource = Field(description="model folder or hub name")
+    data: DataSource = Field(CHEMISTRY, description="chemistry, or JSONL files of instruction, input and output")
+    split_seed: int = Field(0, description="which molecules, or rows, are held out")
+    method: Literal["lora", "full"] = Field("lora", description="train an adapter, or all weights")
+    quantization: Literal["nf4", "none"] = Field("nf4", description="of the frozen base; nf4 with lora is QLoRA")
+    adapter: AdapterConfig = Field(AdapterConfig(), description="the LoRA adapter")
+    max_length: int = Field(512, ge=8, description="tokens of a prompt with its answer; longer ones are cut")
+    validation_rows: int = Field(128, ge=1, description="held-out rows whose loss is watched")
+
+    @model_validator(mode="after")
+    def _trainable(self) -> "SftConfig":
+        if self.method == "full" and self.quantization != "none":
+            raise ValueError("4-bit weights cannot be trained: give quantization=none with method=full, or method=lora")
+        return self
+
+
+def run(config: SftConfig, run: Run) -> Summary:
+    """Prepare the rows, train on Ray Train workers, merge, and report."""
+    from workloads.training.ray_train import check_placement, fit
+
+    check_placement(config)
+    refuse_other_split(config.base, config.data, config.split_seed)
+    facts = prepare(config, run)
+    from workloads.fine_tune import sft_worker
+
+    result = run.artifact("adapter" if config.method == "lora" else "merged")
+    payload = {
+        "config": config, "result": str(result),
+        "train": str(run.artifact("train.jsonl")), "validation": str(run.artifact("validation.jsonl")),
+    }  # fmt: skip
+    done = fit(sft_worker, payload, config, run)
+    if config.method == "lora":
+        run.say("merging the adapter into the base")
+        write_merged(config.base, result, run.artifact("merged"), config.compute_dtype)
+    else:
+        keep_split_seed(config.base, result)
+    report(config, run, facts, done)
+    return {
+        "loss": done["train"][-1][1],
+        "validation_loss": done["validation"][-1][1],
+        "trained_parameters": done["trained_parameters"],
+        "truncated": done["truncated"],
+        "resumed_from": done["resumed_from"],
+        "workers": config.workers,
+        "bytes_of_rank_0": done["storage"][0]["local"],
+        "molecules_shared": facts.get("molecules_shared", 0),
+        "scaffolds_shared": facts.get("scaffolds_shared", 0),
+    }
+
+
+def prepare(config: SftConfig, run: Run) -> dict[str, Any]:
+    """Write train.jsonl (no more rows than the steps will see), validation.jsonl and test.jsonl; the data's facts."""
+    data = load_instructions(
+        config.data, split_seed=config.split_seed, seed=config.seed, limit=config.steps * config.batch_size,
+        held_out=config.validation_rows,
+    )  # fmt: skip
+    for part in ("train", "validation", "test"):
+        write_jsonl(getattr(data, part), run.artifact(f"{part}.jsonl"))
+    if Path(config.base).is_dir():
+        run.input("base", path=Path(config.base))
+    else:
+        run.input("base", hub_name=config.base)
+    run.input("train", path=run.artifact("train.jsonl"), data=str(config.data), **data.facts)
+    if not data.validation:
+        raise UserError(f"{config.data} has too few rows to hold any out: give at least three")
+    run.say(f"{len(data.train):,} rows to train on, {len(data.validation)} to watch, {len(data.test):,} held out")
+    return data.facts
+
+
+def write_merged(base: str, adapter: Path, folder: Path, dtype: str) -> None:
+    """Merge the adapter into the base at full precision, and mark the result with the base's chemistry split."""
+    from transformers import AutoTokenizer
+
+    from workloads.training.adapters import merge
+
+    merge(base, adapter, folder, AutoTokenizer.from_pretrained(base), dtype)
+    keep_split_seed(base, folder)
+
+
+def keep_split_seed(base: str, folder: Path) -> None:
+    """Carry the note of which chemistry split was seen from a base to what was made of it."""
+    if (Path(base) / SPLIT_FILE).is_file():
+        shutil.copy(Path(base) / SPLIT_FILE, folder / SPLIT_FILE)
+
+
+def report(config: SftConfig, run: Run, facts: dict[str, Any], done: dict[str, Any]) -> None:
+    """The curves, the data and its split check, and what each worker held."""
+    from workloads.figures import loss_curves
+
+    run.report.heading("Training", f"{config.method} on {config.base}, base in {config.quantization}")
+    run.report.figure(
+        "Loss on the answers", loss_curves(done["train"], done["validation"]), "Nats per token; lower is better."
+    )
+    run.report.heading("Data", "Labels cover the answer alone.")
+    run.report.table("Where the rows came from", [{"fact": key, "count": value} for key, value in facts.items()])
+    if config.data == CHEMISTRY:
+        run.report.text(
+            "Is anything in two parts?",
+            f"Recomputed from the SMILES: {facts['molecules_shared']} molecules and {facts['scaffolds_shared']} "
+            "Murcko scaffolds are in more than one of train, validation and test.",
+        )
+    run.report.table(
+        "What each worker stores",
+        [
+            {"rank": rank, "its share, bytes": held["local"], "whole model, bytes": held["whole"]}
+            for rank, held in enumerate(done["storage"])
+        ],
+        "Parameters, measured after sharding. bitsandbytes keeps the scales of 4-bit blocks whole on every worker; "
+        "they are not counted here.",
+    )
+    run.report.links("Artifacts", {"adapter and merged model": "artifacts/", "held-out rows": "artifacts/test.jsonl"})

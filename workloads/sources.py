@@ -1,0 +1,45 @@
+"""What a training config may name: a model by folder or hub name, and data by "chemistry" or by JSONL files."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
+
+from workbench.config import UNVISITED, InputPath, resolve_path
+from workbench.errors import UserError
+
+
+def _model(value: str, info: ValidationInfo) -> str:
+    if info.context is UNVISITED or not (value.startswith((".", "/", "~", "runs/")) or Path(value).exists()):
+        return value
+    try:
+        folder = resolve_path(Path(value))
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise ValueError(f"no model there: {folder} has neither config.json nor adapter_config.json")
+    return str(folder)
+
+
+ModelSource = Annotated[str, AfterValidator(_model)]
+"""A model: a folder that must exist where the text looks like a path, else a hub name, left as it is."""
+
+CHEMISTRY = "chemistry"
+
+
+def _files(value: Any) -> Any:
+    return [value] if isinstance(value, str | Path) and value != CHEMISTRY else value
+
+
+def _chemistry_or_files(value: str | list[Path]) -> str | list[Path]:
+    if isinstance(value, list) and not value:
+        raise ValueError("name at least one JSONL file, or chemistry")
+    return value
+
+
+DataSource = Annotated[
+    Annotated[str, Field(pattern="^chemistry$")] | list[InputPath],
+    BeforeValidator(_files),
+    AfterValidator(_chemistry_or_files),
+]
+"""Instructions: ``chemistry``, or one or several JSONL files of instruction, input and output."""

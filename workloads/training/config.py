@@ -1,0 +1,61 @@
+"""The keys that training commands share; no heavy import, because the command line reads it."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from workbench.config import Config
+
+
+class AdapterConfig(Config):
+    """A LoRA adapter: what is added to each targeted linear layer."""
+
+    rank: int = Field(16, ge=1, description="rank of the update")
+    alpha: float = Field(32, gt=0, description="the update is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter's input")
+    targets: str | list[str] = Field("all-linear", description="layer names, or all-linear: all but the head")
+
+
+class TrainingConfig(Config):
+    """How long, how fast and on what: the loop of ``loop.py`` reads these keys and no others."""
+
+    steps: int = Field(200, ge=1, description="optimizer steps")
+    batch_size: int = Field(16, ge=1, description="sequences in one step, over all workers")
+    micro_batch_size: int = Field(0, ge=0, description="sequences in one forward pass of a worker; 0: its whole share")
+    learning_rate: float = Field(1e-3, gt=0, description="peak of the schedule")
+    warmup_steps: int = Field(10, ge=0, description="steps of linear warm-up")
+    final_learning_rate: float = Field(0.05, ge=0, le=1, description="end of the cosine, as a share of the peak")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
+    gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    log_every: int = Field(10, ge=1, description="steps between two rows of metrics")
+    validate_every: int = Field(50, ge=0, description="steps between two validation losses; 0: only at the end")
+    checkpoint_every: int = Field(100, ge=0, description="steps between two checkpoints; 0: none")
+    seed: int = Field(0, description="initial weights, order of the data, dropout")
+
+    workers: int = Field(2, ge=1, description="Ray Train workers: one process and one card (or core) each")
+    cpus_per_worker: float = Field(1.0, gt=0, description="CPUs that Ray reserves for a worker")
+    gpus_per_worker: float = Field(0.0, ge=0, le=1, description="0: train on the CPU; 1: one CUDA card a worker")
+    strategy: Literal["fsdp2", "single"] = Field("fsdp2", description="fsdp2 shards over the workers; single is one")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the computation; auto: bfloat16 on CUDA, float32 on a CPU"
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    max_failures: int = Field(2, ge=0, description="times that a dead worker is replaced, from the last checkpoint")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainingConfig":
+        if self.strategy == "single" and self.workers != 1:
+            raise ValueError(f"strategy single has one worker, not {self.workers}: give workers=1 or strategy=fsdp2")
+        if self.batch_size % self.workers:
+            raise ValueError(f"batch_size {self.batch_size} does not divide over {self.workers} workers")
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} leaves none of {self.steps} steps")
+        return self
+
+    @property
+    def compute_dtype(self) -> str:
+        """``dtype`` with auto resolved. Only CUDA cards and few CPUs are faster in bfloat16: an x86 CPU without
+        AVX512-BF16 emulates it at a twentieth of the speed of float32."""
+        if self.dtype != "auto":
+            return self.dtype
+        return "bfloat16" if self.gpus_per_worker else "float32"
