@@ -1,5 +1,6 @@
 """Our application inside Ray Serve: start it, look at it, take it down; other applications are left alone."""
 
+import re
 import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
 APPLICATION = "workbench"
+EXCEPTION = re.compile(r"^(?:.*\]\s)?((?:\w+\.)*\w*(?:Error|Exception): .+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -109,17 +111,26 @@ def remove() -> bool:
     return there
 
 
-def engine_log(application: Deployed, lines: int = 40) -> str:
-    """The last lines that the replicas which died wrote, or an empty text where Ray has kept none."""
+def engine_log(application: Deployed, lines: int = 400) -> str:
+    """The last lines that each of the replicas which died wrote, or an empty text where Ray has kept none."""
+    import ray
     from ray.exceptions import RayError
     from ray.util.state import get_log
     from ray.util.state.exception import RayStateApiException
 
-    tails = []
-    for replica in application.dead_replicas()[-2:]:
+    address = ray.get_runtime_context().gcs_address  # named, for other Rays may run on this host
+    texts = []
+    for replica in application.dead_replicas():
         for suffix in ("out", "err"):
             try:
-                tails += list(get_log(actor_id=replica["actor_id"], suffix=suffix, tail=lines))
+                texts += get_log(address=address, actor_id=replica["actor_id"], suffix=suffix, tail=lines)
             except (RayStateApiException, RayError, OSError):
-                continue
-    return "\n".join("".join(tails).strip().splitlines()[-lines:])
+                continue  # the node is gone, or the dashboard that keeps the logs
+    return "".join(texts)
+
+
+def causes(log: str, most: int = 3) -> list[str]:
+    """The exceptions a log names (``SomeError: text``), in order, each once, but none that only points elsewhere."""
+    found = [match[1].strip() for match in EXCEPTION.finditer(log)]
+    pointers = ("See root cause above", "Traceback (most recent call last)")
+    return [text for text in dict.fromkeys(found) if not any(pointer in text for pointer in pointers)][:most]

