@@ -46,7 +46,7 @@ class Waiting:
         assert self.process.stderr is not None
         self.said += self.process.stderr.read()
         code = self.process.wait()
-        _, alive = psutil.wait_procs(family, timeout=30)
+        _, alive = psutil.wait_procs(family, timeout=120)
         assert not alive
         return code
 
@@ -127,7 +127,7 @@ def test_a_killed_command_is_lost_and_its_ray_goes_with_it() -> None:
     family = psutil.Process(command.process.pid).children(recursive=True)
     command.process.kill()
     command.process.wait()
-    _, alive = psutil.wait_procs(family, timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=180)  # they look for their parent now and then
     assert not alive
     [run] = find_runs()
     assert state_of(run) == "lost"
