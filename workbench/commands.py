@@ -3,10 +3,11 @@
 import importlib
 import json
 import re
+import sys
 import textwrap
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -76,7 +77,9 @@ def execute(group: str, name: str, command: Command, arguments: Sequence[str], *
     catch_signals()
     argv = [group, name, *arguments]
     begun = time.monotonic()
-    with one_exit_code(), open_run(group, name, config, name=run_name, argv=argv) as run:
+    # Ray prints what its daemons say on stdout, where --json promises nothing but the summary.
+    aside = redirect_stdout(sys.stderr) if as_json else nullcontext()
+    with aside, one_exit_code(), open_run(group, name, config, name=run_name, argv=argv) as run:
         if command.ray:
             from workbench.session import connect, hosts
         with connect() if command.ray else nullcontext(False) as run.owns_ray:
