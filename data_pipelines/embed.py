@@ -171,6 +171,7 @@ def select(config: EmbedConfig) -> dict[str, int]:
 
 def _embed(config: EmbedConfig, folder: str, model: str, todo: list[str], milvus: Any, run: Run) -> None:
     import numpy as np
+    import pyarrow.dataset as ds
     import ray
     from ray.exceptions import RayTaskError
 
@@ -178,10 +179,10 @@ def _embed(config: EmbedConfig, folder: str, model: str, todo: list[str], milvus
     from data_pipelines.sources import quiet_progress
 
     quiet_progress()
-    schema = ray.data.read_parquet(str(config.documents)).schema()
-    columns = ["id", "text", *sorted({"title", "source"} & set(schema.names))]
+    names = ds.dataset(str(config.documents), format="parquet").schema.names
     dataset = (
-        ray.data.read_parquet(str(config.documents), columns=columns)
+        ray.data.read_parquet(str(config.documents))
+        .select_columns([name for name in ("id", "title", "source", "text") if name in names])
         .map_batches(
             keep_ids, fn_kwargs={"ids": np.array(todo)}, batch_format="pyarrow", zero_copy_batch=True, batch_size=None
         )
@@ -197,16 +198,24 @@ def _embed(config: EmbedConfig, folder: str, model: str, todo: list[str], milvus
         )
     )
     done, began, spoken = 0, time.monotonic(), time.monotonic()
+    seconds, embedded = [0.0], [0]
     try:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             done += sum(batch["rows"].to_pylist())
             now = time.monotonic()
-            if now - spoken > 3 or done == len(todo):
+            seconds.append(now - began)
+            embedded.append(done)
+            if now - spoken > 2 or done == len(todo):
                 spoken = now
                 run.say(f"{done:,} of {len(todo):,} embedded, {done / (now - began):.1f} a second")
                 run.metrics(done, embedded=done, documents_per_second=done / (now - began))
     except RayTaskError as error:
         raise root_cause(error) from None
+    import plotly.graph_objects as go
+
+    figure = go.Figure(go.Scatter(x=seconds, y=embedded, mode="lines+markers"))
+    figure.update_xaxes(title="seconds").update_yaxes(title="documents in Milvus")
+    run.report.figure("Progress", figure, note="the first seconds are the workers loading the model")
 
 
 def keep_ids(batch: "pa.Table", ids: "np.ndarray") -> "pa.Table":
