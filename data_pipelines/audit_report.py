@@ -22,7 +22,7 @@ def describe(report: Report, corpus: Corpus, seconds: dict[str, float]) -> None:
     report.figure(
         "Languages",
         _bars(corpus.languages, 12, logarithmic=True),
-        note="as py3langid tells from the first 300 characters; und: it could not say. Short texts full of names are "
+        note="as py3langid tells from the first 200 characters; und: it could not say. Short texts full of names are "
         "often taken for a wrong language, so read small counts as noise",
     )
     report.heading("Duplicates")

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipelines.duplicates import BANDS, shares_bucket, shingles, survivors
+from data_pipelines.duplicates import BANDS, shares_bucket, shingles, survivors, words_of
 from data_pipelines.pii import KINDS, find
 
 SHARDS = "0123456789abcdef"
@@ -107,7 +107,7 @@ class Corpus:
                 self._duplicates[ids[index].decode()] = (ids[equal].decode(), "exact", 1.0)
         compare = np.array(unique)[shares_bucket(bands[unique])]
         texts = self._texts(ids[compare])
-        found = survivors(compare.tolist(), bands, lambda i: shingles(texts[ids[i].decode()]), threshold)
+        found = survivors(compare.tolist(), bands, lambda i: shingles(words_of(texts[ids[i].decode()])), threshold)
         for index, (near, similarity) in found.items():
             self._duplicates[ids[index].decode()] = (ids[near].decode(), "near", similarity)
         # The survivor of an exact duplicate may itself be a near duplicate: point at the one that is kept.

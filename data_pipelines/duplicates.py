@@ -22,14 +22,18 @@ SHINGLE = 3
 WORD = re.compile(r"\w+")
 
 
-def normal_hash(text: str) -> bytes:
+def words_of(text: str) -> list[str]:
+    """The words of ``text`` in order and in lower case, without what stands between them."""
+    return WORD.findall(text.lower())
+
+
+def normal_hash(words: list[str]) -> bytes:
     """16 bytes that are equal for texts with the same words in the same order, whatever their case and spacing."""
-    return hashlib.blake2b(" ".join(WORD.findall(text.lower())).encode(), digest_size=16).digest()
+    return hashlib.blake2b(" ".join(words).encode(), digest_size=16).digest()
 
 
-def shingles(text: str) -> set[str]:
-    """The set of ``SHINGLE`` consecutive words of ``text``; all its words as one where it has fewer."""
-    words = WORD.findall(text.lower())
+def shingles(words: list[str]) -> set[str]:
+    """The set of ``SHINGLE`` consecutive words; all words as one where there are fewer."""
     if len(words) < SHINGLE:
         return {" ".join(words)} if words else set()
     return set(map(" ".join, zip(*(words[i:] for i in range(SHINGLE)), strict=False)))
@@ -41,11 +45,11 @@ def jaccard(a: set[str], b: set[str]) -> float:
     return shared / (len(a) + len(b) - shared) if shared else 0.0
 
 
-def band_keys(texts: Sequence[str]) -> np.ndarray:
-    """LSH bucket of each text in each band: uint64 [len(texts), BANDS]."""
+def band_keys(texts: Sequence[list[str]]) -> np.ndarray:
+    """LSH bucket of each text, given as its words, in each band: uint64 [len(texts), BANDS]."""
     from rensa import RMinHash
 
-    sets = [sorted(shingles(text)) for text in texts]
+    sets = [list(shingles(words)) for words in texts]
     matrix = RMinHash.digest_matrix_from_token_sets(sets, BANDS * ROWS, SEED)
     signatures = np.asarray(matrix.to_rows(), dtype=np.uint64).reshape(len(sets), BANDS, ROWS)
     keys = np.full((len(sets), BANDS), 0x9E3779B97F4A7C15, dtype=np.uint64)

@@ -4,13 +4,13 @@ import functools
 import hashlib
 from typing import TYPE_CHECKING, Any
 
-from data_pipelines.duplicates import WORD, band_keys, normal_hash
+from data_pipelines.duplicates import band_keys, normal_hash, words_of
 from data_pipelines.pii import KINDS, counts
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-LANGUAGE_CHARACTERS = 300
+LANGUAGE_CHARACTERS = 200
 """Language is told from the start of a text: more hardly changes the answer and costs time."""
 
 
@@ -26,12 +26,13 @@ def measure(batch: "pa.Table", max_characters: int, phone_region: str) -> "pa.Ta
 
     texts = batch["text"].to_pylist()
     sources = batch["source"].to_pylist()
-    words = [len(WORD.findall(text)) for text in texts]
+    words = [words_of(text) for text in texts]
     reasons = [
-        reason or ("empty" if not count else "too long" if len(text) > max_characters else "")
-        for text, count, reason in zip(texts, words, batch["reason"].to_pylist(), strict=True)
+        reason or ("empty" if not own else "too long" if len(text) > max_characters else "")
+        for text, own, reason in zip(texts, words, batch["reason"].to_pylist(), strict=True)
     ]
     good = ["" if reason else text for text, reason in zip(texts, reasons, strict=True)]
+    good_words = [[] if reason else own for own, reason in zip(words, reasons, strict=True)]
     personal = [counts(text, phone_region) for text in good]
     columns: dict[str, Any] = {
         "id": [document_id(text, source) for text, source in zip(texts, sources, strict=True)],
@@ -40,10 +41,10 @@ def measure(batch: "pa.Table", max_characters: int, phone_region: str) -> "pa.Ta
         "source": batch["source"],
         "reason": reasons,
         "characters": pa.array([len(text) for text in texts], pa.int32()),
-        "words": pa.array(words, pa.int32()),
+        "words": pa.array([len(own) for own in words], pa.int32()),
         "language": [language(text) for text in good],
-        "normal_hash": pa.array([normal_hash(text) for text in good], pa.binary(16)),
-        "bands": pa.array([row.tobytes() for row in band_keys(good)], pa.binary()),
+        "normal_hash": pa.array([normal_hash(own) for own in good_words], pa.binary(16)),
+        "bands": pa.array([row.tobytes() for row in band_keys(good_words)], pa.binary()),
     }
     for position, kind in enumerate(KINDS):
         columns[f"{kind}s"] = pa.array([row[position] for row in personal], pa.int32())

@@ -6,6 +6,7 @@ A Milvus Lite folder that nobody has open is opened directly, without Ray. One t
 has open is asked through it.
 """
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,8 +114,9 @@ class Searcher:
 class ThroughOwner:
     """``Store``'s reading half, asked of the actor that has the folder open."""
 
-    def __init__(self, owner: Any) -> None:
+    def __init__(self, owner: Any, connection: ExitStack | None = None) -> None:
         self._owner = owner
+        self._connection = connection or ExitStack()
 
     def __getattr__(self, name: str) -> Any:
         from data_pipelines.owner import ask
@@ -122,7 +124,8 @@ class ThroughOwner:
         return lambda *arguments: ask(getattr(self._owner, name).remote(*arguments))
 
     def close(self) -> None:
-        """The owner stays as it is."""
+        """Leave the cluster if it was joined for this; the owner stays as it is."""
+        self._connection.close()
 
 
 def open_source(uri: str) -> Any:
@@ -147,24 +150,26 @@ def open_source(uri: str) -> Any:
     try:
         return Store(uri)
     except UserError:
-        owner = _owner_elsewhere(uri)
-        if owner is None:
+        elsewhere = _owner_elsewhere(uri)
+        if elsewhere is None:
             raise
-        return ThroughOwner(owner)
+        return elsewhere
 
 
-def _owner_elsewhere(uri: str) -> Any | None:
-    """The owner in a cluster that is up but that we have not joined; joins it for the rest of this process."""
+def _owner_elsewhere(uri: str) -> ThroughOwner | None:
+    """The owner of ``uri`` in a cluster that is up but that we have not joined; joined until it is closed."""
     import ray
 
     from workbench.session import connect, local_cluster
 
     if ray.is_initialized() or not (environment("RAY_ADDRESS") or local_cluster()):
         return None
-    connect().__enter__()  # left by the driver's exit
-    from data_pipelines.owner import find
+    with ExitStack() as stack:
+        stack.enter_context(connect())
+        from data_pipelines.owner import find
 
-    return find(uri)
+        owner = find(uri)
+        return ThroughOwner(owner, stack.pop_all()) if owner is not None else None
 
 
 def snippet(text: str, characters: int = SNIPPET) -> str:

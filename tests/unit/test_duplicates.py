@@ -6,9 +6,22 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.duplicates import BANDS, band_keys, jaccard, normal_hash, shares_bucket, shingles, survivors
+from data_pipelines import duplicates
+from data_pipelines.duplicates import BANDS, jaccard, shares_bucket, survivors, words_of
 
 VOCABULARY = [f"word{i}" for i in range(400)]
+
+
+def shingles(text: str) -> set[str]:
+    return duplicates.shingles(words_of(text))
+
+
+def band_keys(texts: list[str]) -> np.ndarray:
+    return duplicates.band_keys([words_of(text) for text in texts])
+
+
+def normal_hash(text: str) -> bytes:
+    return duplicates.normal_hash(words_of(text))
 
 
 def corpus(seed: int, families: int = 12) -> list[str]:
