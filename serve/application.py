@@ -2,6 +2,7 @@
 
 import re
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,12 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
 APPLICATION = "workbench"
-EXCEPTION = re.compile(r"^(?:.*\]\s)?((?:\w+\.)*\w*(?:Error|Exception): .+)$", re.MULTILINE)
+LOG_PREFIX = re.compile(r"^\([^)]*pid=\d+\) [A-Z]+ \S+ \S+ \[[^\]]*\] ?", re.MULTILINE)
+EXCEPTION = re.compile(
+    r"^((?:\w+\.)*\w*(?:Error|Exception): .+"  # the exception's line
+    r"(?:\n(?![ \t]+(?:File |[\^~]))[ \t]+.+){0,4})",  # a pydantic error tells its reason in indented lines below
+    re.MULTILINE,
+)
 
 
 @dataclass(frozen=True)
@@ -23,9 +29,10 @@ class Deployed:
     route_prefix: str
     deployments: dict[str, dict[str, Any]]
 
-    def dead_replicas(self) -> list[dict[str, Any]]:
-        """Replicas that died recently, over all deployments."""
-        return [replica for d in self.deployments.values() for replica in d.get("recent_dead_replicas") or []]
+    def engine_actors(self) -> set[str]:
+        """The actor ids of the replicas that hold an engine, those that died of late among them."""
+        replicas = [r for d in self.models().values() for r in [*d["replicas"], *(d.get("recent_dead_replicas") or [])]]
+        return {replica["actor_id"] for replica in replicas if replica["actor_id"]}
 
     def models(self) -> dict[str, dict[str, Any]]:
         """The deployments that hold an engine, by model name."""
@@ -111,8 +118,8 @@ def remove() -> bool:
     return there
 
 
-def engine_log(application: Deployed, lines: int = 400) -> str:
-    """The last lines that each of the replicas which died wrote, or an empty text where Ray has kept none."""
+def engine_log(actors: Iterable[str], lines: int = 400) -> str:
+    """The last lines that each of these replicas and its engine wrote, or an empty text where Ray has kept none."""
     import ray
     from ray.exceptions import RayError
     from ray.util.state import get_log
@@ -120,10 +127,10 @@ def engine_log(application: Deployed, lines: int = 400) -> str:
 
     address = ray.get_runtime_context().gcs_address  # named, for other Rays may run on this host
     texts = []
-    for replica in application.dead_replicas():
+    for actor in sorted(actors):
         for suffix in ("out", "err"):
             try:
-                texts += get_log(address=address, actor_id=replica["actor_id"], suffix=suffix, tail=lines)
+                texts += get_log(address=address, actor_id=actor, suffix=suffix, tail=lines)
             except (RayStateApiException, RayError, OSError):
                 continue  # the node is gone, or the dashboard that keeps the logs
     return "".join(texts)
@@ -131,6 +138,6 @@ def engine_log(application: Deployed, lines: int = 400) -> str:
 
 def causes(log: str, most: int = 3) -> list[str]:
     """The exceptions a log names (``SomeError: text``), in order, each once, but none that only points elsewhere."""
-    found = [match[1].strip() for match in EXCEPTION.finditer(log)]
+    found = [match[1].strip() for match in EXCEPTION.finditer(LOG_PREFIX.sub("", log))]
     pointers = ("See root cause above", "Traceback (most recent call last)")
     return [text for text in dict.fromkeys(found) if not any(pointer in text for pointer in pointers)][:most]

@@ -141,19 +141,22 @@ def _quote(client: "openai.OpenAI", model: str, config: AskConfig, hits: "list[H
     for index in rank(config.question, texts, weights)[: config.candidates]:
         length = count_tokens(client, model, f"- {texts[index]}\n") + 1
         longest_then = max(longest, length)
-        if budget - length >= longest_then:  # the prompt's copy, and room to write the longest out again
+        if budget - length >= longest_then - longest:  # the prompt's copy, and room to write the longest out again
             chosen.append(texts[index])
-            budget -= length
+            budget -= length + longest_then - longest
             longest = longest_then
     if not chosen:
         raise Failure(f"no sentence of the passages fits the {context} tokens of model '{model}'")
     listed = "\n".join(f"- {sentence}" for sentence in chosen)
     body = {"structured_outputs": {"choice": chosen}}
     asked = f"{QUOTE}\n{listed}\nQuestion: {config.question}"
-    text, tokens = _chat(client, model, config, asked, longest + 1, body)
-    if text not in origin:
+    # Room to spare, for the model may spell a sentence in more tokens than the tokenizer would. Where even that is cut
+    # short, what was written begins one of the sentences, and so names it.
+    text, tokens = _chat(client, model, config, asked, min(2 * longest, longest + budget), body)
+    begun = [sentence for sentence in chosen if text and sentence.startswith(text)]
+    if not begun:
         raise Failure(f"the endpoint does not keep to structured_outputs (it answered {text[:80]!r}): use mode=free")
-    return Answer(text, [origin[text]], tokens)
+    return Answer(begun[0], [origin[begun[0]]], tokens)
 
 
 def _chat(client: "openai.OpenAI", model: str, config: AskConfig, prompt: str, max_tokens: int,

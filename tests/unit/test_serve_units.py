@@ -165,6 +165,11 @@ RuntimeError: Engine core initialization failed. See root cause above. Failed co
     assert causes(log) == ["safetensors._rust.SafetensorError: incomplete metadata"]
 
 
+def test_a_cause_keeps_the_indented_lines_that_explain_it() -> None:
+    log = "RuntimeError: 1 validation error for VllmConfig\n  Value error, too long\n  File x\nnext"
+    assert causes(log) == ["RuntimeError: 1 validation error for VllmConfig\n  Value error, too long"]
+
+
 def words(text: str) -> int:
     return len(text.split())
 
