@@ -103,11 +103,18 @@ class WorkerEvents:
 
 
 def device_of(config: TrainingConfig) -> torch.device:
-    """The card that Ray gave this worker, or the CPU; then with as many threads as Ray reserved for it."""
+    """The card that Ray Train gave this worker, or the CPU."""
     if config.gpus_per_worker:
         import ray.train.torch
 
         return ray.train.torch.get_device()
+    return local_device(config)
+
+
+def local_device(config: TrainingConfig) -> torch.device:
+    """The first card that this process may see, or the CPU with as many threads as Ray reserved."""
+    if config.gpus_per_worker:
+        return torch.device("cuda", 0)
     torch.set_num_threads(max(1, int(config.cpus_per_worker)))
     return torch.device("cpu")
 
