@@ -67,7 +67,7 @@ def stages() -> list[Stage]:
             [
                 Step(
                     "tune",
-                    ["tune", "run", "configs/demo/sweep.yaml", "base.base={pretrain}/artifacts/model"],
+                    ["tune", "run", "configs/demo/sweep.yaml", "config.base={pretrain}/artifacts/model"],
                     seeded=True,
                 )
             ],
@@ -96,7 +96,10 @@ def stages() -> list[Stage]:
                     ],
                 ),
                 Step("ask", ["serve", "ask", "configs/demo/ask.yaml", QUESTION]),
-                Step("loadtest", ["serve", "loadtest", "configs/demo/loadtest.yaml"]),
+                Step(
+                    "loadtest",
+                    ["serve", "loadtest", "configs/demo/loadtest.yaml", "prompts={sft}/artifacts/test.jsonl"],
+                ),
                 Step("down", ["serve", "down"]),
             ],
             live=True,

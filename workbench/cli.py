@@ -63,7 +63,7 @@ GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
 
 NEXT_LINES = """
 next, for example:
-  workbench data search "how do I limit the memory of a dataset"
+  workbench data search configs/demo/search.yaml "how do I limit the memory of a dataset"
   workbench runs list
   workbench serve up configs/demo/serve.yaml
   workbench cluster local          (then, in another terminal:)
