@@ -4,10 +4,12 @@ The head runs on loopback with token authentication and the dashboard, and the p
 step that finished before with the same arguments and config is reused, unless ``fresh``.
 """
 
+import contextlib
 import hashlib
 import json
 import shlex
 import shutil
+import socket
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,8 +19,9 @@ from pydantic import Field
 from cluster.demo_display import Display
 from cluster.demo_jobs import DemoJobs
 from cluster.demo_report import headline, write_report
-from cluster.stages import Stage, Step, stages
+from cluster.stages import PORT, Stage, Step, stages
 from workbench.config import CHECKOUT, Config, runs_root
+from workbench.errors import Failure
 from workbench.files import read_json, write_atomic, write_json
 from workbench.runs import Run, Summary, run_id, state_of
 
@@ -71,9 +74,10 @@ class Demo:
         jobs = self._start_head()
         self._display.begin(index)
         began = time.time()
+        port = _port_to_serve() if stage.live else PORT
         for step in stage.steps:
-            argv = self._arguments(step)
-            fingerprint = fingerprint_of(argv)
+            fingerprint = fingerprint_of(self._arguments(step))
+            argv = self._arguments(step, port)
             folder = None if stage.live else self._finished.get(fingerprint)
             if folder is None:
                 folder = jobs.wait(jobs.start(step.key, argv), lambda text: self._display.found(index, text))
@@ -110,10 +114,10 @@ class Demo:
             self.results[step.key] = folder
         return True
 
-    def _arguments(self, step: Step) -> list[str]:
+    def _arguments(self, step: Step, port: int = PORT) -> list[str]:
         """The step's arguments, with earlier runs as ``runs/...`` paths, so that they can be typed as they are."""
         runs = {key: f"runs/{run_id(folder)}" for key, folder in self.results.items()}
-        argv = [argument.format(**runs) for argument in step.command]
+        argv = [argument.format(**runs, port=port) for argument in step.command]
         if step.seeded:
             argv.append(f"seed={self._config.seed}")
         self.commands[step.key] = _typed(argv)
@@ -158,6 +162,16 @@ def fingerprint_of(argv: list[str]) -> str:
     """SHA-256 (16 hex digits) of the arguments and of the text of each config file among them."""
     texts = [(CHECKOUT / argument).read_text() for argument in argv if argument.endswith(".yaml")]
     return hashlib.sha256(json.dumps([argv, texts]).encode()).hexdigest()[:16]
+
+
+def _port_to_serve() -> int:
+    """``PORT``, or a free one where something listens there already."""
+    for port in (PORT, 0):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return int(probe.getsockname()[1])
+    raise Failure("no port is free on loopback")
 
 
 def _typed(argv: list[str]) -> str:

@@ -1,7 +1,7 @@
 """The stages of ``workbench demo``: which commands, on whose results, in which order.
 
 A stage's arguments may hold ``{key}``, the run folder of an earlier command, written as ``runs/...`` so that the
-printed command can be typed as it is.
+printed command can be typed as it is, and ``{port}``, where the endpoint listens.
 """
 
 import importlib.util
@@ -9,6 +9,9 @@ import sys
 from dataclasses import dataclass
 
 QUESTION = "how do I read a parquet file in parallel"
+PORT = 8000
+"""Where the endpoint listens, if nothing else does."""
+ENDPOINT = "base_url=http://127.0.0.1:{port}/v1"
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,10 @@ def stages() -> list[Stage]:
                     [
                         *["serve", "up", "configs/demo/serve.yaml", "models.0.source={pretrain}/artifacts/model"],
                         "models.1.source={tune}/artifacts/best/merged",
+                        "port={port}",
                     ],
                 ),
-                Step("ask", ["serve", "ask", "configs/demo/ask.yaml", QUESTION]),
+                Step("ask", ["serve", "ask", "configs/demo/ask.yaml", ENDPOINT, QUESTION]),
                 Step(
                     "loadtest",
                     ["serve", "loadtest", "configs/demo/loadtest.yaml", "prompts={sft}/artifacts/test.jsonl"],
