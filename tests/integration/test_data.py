@@ -1,13 +1,17 @@
 """Audit, embed and search on small real inputs: determinism, what is found, and the user's mistakes."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 
-from data_pipelines import audit, embed
+from data_pipelines import audit, embed, owner
 from data_pipelines import search as search_module
 from data_pipelines.audit import AuditConfig
 from data_pipelines.embed import EmbedConfig
@@ -150,6 +154,23 @@ def test_a_folder_in_use_names_its_holder(documents: Path, tmp_path: Path, capsy
         holder.close()
     assert stop.value.code == 2
     assert "process " in capsys.readouterr().err
+
+
+def test_search_through_the_actor_that_holds_the_folder(documents: Path, tmp_path: Path) -> None:
+    uri = str(tmp_path / "m.db")
+    go(embed, "embed", embed_config(documents, uri=uri))
+    holder = owner.hold(uri)
+    try:
+        assert owner.ask(holder.model.remote("documents")) == (MODEL, 384)
+        assert search("water birds", uri, limit=1)[0].title.startswith("Ducks")
+        command = [sys.executable, "-m", "workbench", "data", "search", "water birds", f"uri={uri}", "--json"]
+        environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["hits"][0]["title"].startswith("Ducks")
+    finally:
+        owner.release(holder)
+    assert search("water birds", uri, limit=1)
 
 
 @pytest.mark.parametrize(
