@@ -117,7 +117,7 @@ def run_trials(config: SweepConfig, run: Run) -> list[dict[str, Any]]:
             search_alg=BasicVariantGenerator(random_state=config.seed, max_concurrent=config.concurrent),
             scheduler=ASHAScheduler(
                 time_attr="step",
-                max_t=config.config.steps,
+                max_t=config.config.steps + 1,  # at max_t it would stop a trial before its adapter is saved
                 grace_period=min(config.scheduler.grace_steps, config.config.steps),
                 reduction_factor=config.scheduler.reduction_factor,
             ),

@@ -5,8 +5,8 @@ A record states what RDKit computes about a molecule, in an order drawn anew eac
     CC(=O)Oc1ccccc1C(=O)O
     donors: 1; rings: 1; formula: C9H8O4; groups: acid, ester; ...
 
-Each molecule comes once with its canonical SMILES and then with randomised ones, which is augmentation for a grammar
-in which one molecule has many spellings (Bjerrum 2017, arXiv:1703.07076).
+Some records spell the molecule in a random way, which is augmentation for a grammar in which one molecule has many
+spellings (Bjerrum 2017, arXiv:1703.07076); most have the canonical SMILES, which is what questions have.
 """
 
 import random
@@ -18,8 +18,8 @@ from workbench.errors import UserError
 from workloads.chemistry import Molecule, answers
 
 
-def molecule_records(molecules: Sequence[Molecule], *, copies: int, seed: int) -> list[str]:
-    """``copies`` records of every molecule, shuffled; the first of each with the canonical SMILES."""
+def molecule_records(molecules: Sequence[Molecule], *, copies: int, randomised: float = 0.0, seed: int) -> list[str]:
+    """``copies`` records of every molecule, shuffled; a share ``randomised`` of them with a randomised SMILES."""
     from rdkit import Chem
 
     draw = random.Random(f"records {seed}")
@@ -27,11 +27,11 @@ def molecule_records(molecules: Sequence[Molecule], *, copies: int, seed: int) -
     for molecule in molecules:
         mol = Chem.MolFromSmiles(molecule.smiles)
         facts = [f"{name}: {answer}" for name, answer in answers(molecule.smiles).items()]
-        spellings = (
-            Chem.MolToRandomSmilesVect(mol, copies - 1, randomSeed=draw.randrange(1, 2**31)) if copies > 1 else []
-        )
-        for smiles in [molecule.smiles, *spellings]:
+        for _ in range(copies):
             draw.shuffle(facts)
+            smiles = molecule.smiles
+            if draw.random() < randomised:
+                smiles = Chem.MolToRandomSmilesVect(mol, 1, randomSeed=draw.randrange(1, 2**31))[0]
             records.append(f"{smiles}\n{'; '.join(facts)}")
     draw.shuffle(records)
     return records

@@ -45,7 +45,8 @@ class PretrainConfig(TrainingConfig):
     )
     document_share: float = Field(0.1, ge=0, lt=1, description="share of the training tokens that documents give")
     split_seed: int = Field(0, description="which molecules are held out: not one of them is trained on")
-    chemistry_copies: int = Field(0, ge=0, description="spellings of each molecule; 0: as many as the steps can use")
+    chemistry_copies: int = Field(0, ge=0, description="records of each molecule; 0: as many as the steps can use")
+    randomised: float = Field(0.1, ge=0, le=1, description="share of the records that spell their molecule at random")
 
 
 def run(config: PretrainConfig, run: Run) -> Summary:

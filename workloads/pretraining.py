@@ -32,7 +32,7 @@ def build_corpus(config: PretrainConfig, run: Run, model: Path) -> dict[str, Any
     wanted = config.steps * config.batch_size * config.block
     copies = config.chemistry_copies or max(1, math.ceil(wanted / RECORD_TOKENS / len(split["train"])))
     run.say(f"writing {copies} records of each of {len(split['train']):,} molecules")
-    records = molecule_records(split["train"], copies=copies, seed=config.seed)
+    records = molecule_records(split["train"], copies=copies, randomised=config.randomised, seed=config.seed)
     held_out = molecule_records(split["validation"], copies=1, seed=config.seed)
     documents: list[str] = []
     if config.documents and config.document_share:
@@ -60,7 +60,7 @@ def build_corpus(config: PretrainConfig, run: Run, model: Path) -> dict[str, Any
     used = len(blocks["train"]) * config.block
     facts = {
         "training molecules": len(split["train"]),
-        "spellings of each": copies,
+        "records of each": copies,
         "records": len(records),
         "documents": len(documents),
         "tokens": used,

@@ -1,0 +1,129 @@
+"""From text to token ids: the tokenizer, the prompt, and labels that cover the answer alone."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from workbench.errors import UserError
+from workloads.corpus import molecule_records, pack, read_documents
+from workloads.instructions import (
+    SPLIT_FILE,
+    encode,
+    load_instructions,
+    prompt,
+    read_jsonl,
+    refuse_other_split,
+)
+from workloads.tokenizer import END, train_tokenizer
+
+ROW = {"instruction": "Count the rings.", "input": "c1ccccc1", "output": "1", "task": "rings"}
+TEXTS = ["CC(=O)Oc1ccccc1C(=O)O\nrings: 1; groups: acid, ester", "Read a Parquet file in parallel.", "Clc1ccc(Br)cc1"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return train_tokenizer(TEXTS * 20, 400, 512)
+
+
+@pytest.mark.parametrize("text", [*TEXTS, "naïve  café\n\tx == 3.14 # Größe", "C[C@@H](N)C(=O)O", "日本"])
+def test_any_text_survives_the_tokenizer(tokenizer: Any, text: str) -> None:
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_digits_and_capitals_are_tokens_of_their_own(tokenizer: Any) -> None:
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("CCO12").input_ids)
+    assert tokens == ["C", "C", "O", "1", "2"]
+
+
+def test_a_tokenizer_comes_back_from_disk_with_its_chat_template(tokenizer: Any, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert prompt(ROW, loaded) == "<|user|>Count the rings.\nc1ccccc1<|end|><|assistant|>"
+    assert loaded.eos_token == END
+    assert loaded(prompt(ROW, loaded)).input_ids == tokenizer(prompt(ROW, tokenizer)).input_ids
+
+
+def test_labels_cover_the_answer_and_the_end_token_alone(tokenizer: Any) -> None:
+    row = encode(ROW, tokenizer, 128)
+    learned = [label for label in row.labels if label != -100]
+    assert tokenizer.decode(learned) == "1" + END
+    assert row.ids[-len(learned) :] == learned
+    assert tokenizer.decode(row.ids) == prompt(ROW, tokenizer) + "1" + END
+    assert not row.truncated
+
+
+def test_a_long_prompt_loses_its_beginning_and_keeps_its_answer(tokenizer: Any) -> None:
+    row = encode({**ROW, "input": "C" * 200}, tokenizer, 32)
+    assert len(row.ids) == len(row.labels) == 32
+    assert row.truncated
+    assert tokenizer.decode([label for label in row.labels if label != -100]) == "1" + END
+
+
+def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(ROW) + '\n{"instruction": "x"}\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: no output"):
+        read_jsonl([file])
+    file.write_text("{")
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: not JSON"):
+        read_jsonl([file])
+
+
+def test_rows_of_a_file_are_dealt_into_parts_that_share_none(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"instruction": f"q{i}", "output": str(i)}) + "\n" for i in range(100)))
+    data = load_instructions([file], split_seed=0, seed=0, limit=1000, held_out=1000)
+    parts = [{row["instruction"] for row in part} for part in (data.train, data.validation, data.test)]
+    assert [len(part) for part in parts] == [90, 5, 5]
+    assert len(set.union(*parts)) == 100
+
+
+def test_chemistry_says_that_its_parts_share_nothing() -> None:
+    data = load_instructions("chemistry", split_seed=0, seed=0, limit=50, held_out=20)
+    assert data.facts["molecules_shared"] == data.facts["scaffolds_shared"] == 0
+    assert (len(data.train), len(data.validation)) == (50, 20)
+    assert not {row["smiles"] for row in data.train} & {row["smiles"] for row in data.test}
+
+
+def test_a_base_that_saw_another_split_is_refused(tmp_path: Path) -> None:
+    (tmp_path / SPLIT_FILE).write_text('{"split_seed": 3}')
+    refuse_other_split(str(tmp_path), "chemistry", 3)
+    with pytest.raises(UserError, match="give split_seed=3"):
+        refuse_other_split(str(tmp_path), "chemistry", 0)
+
+
+def test_a_record_states_the_answers_of_its_molecule() -> None:
+    from rdkit import Chem
+
+    from workloads.chemistry import Molecule, answers
+
+    records = molecule_records([Molecule("CCO", "")], copies=6, randomised=0.5, seed=0)
+    spellings = [record.split("\n")[0] for record in records]
+    assert len(set(spellings)) > 1
+    for record, spelling in zip(records, spellings, strict=True):
+        assert Chem.CanonSmiles(spelling) == "CCO"
+        stated = dict(fact.split(": ") for fact in record.split("\n")[1].split("; "))
+        assert stated == answers("CCO")
+
+
+def test_packing_keeps_every_token_in_order_but_the_last_part_of_a_block(tokenizer: Any) -> None:
+    blocks = pack(TEXTS, tokenizer, 16)
+    whole = [i for text in TEXTS for i in [*tokenizer(text).input_ids, tokenizer.eos_token_id]]
+    assert [i for block in blocks for i in block] == whole[: len(whole) // 16 * 16]
+
+
+def test_documents_are_those_that_the_audit_kept(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(
+        pa.table({"text": ["abcdef", "dropped", "xyz"], "keep": [True, False, True]}), tmp_path / "p.parquet"
+    )
+    assert read_documents(tmp_path, limit=10, characters=4) == ["abcd", "xyz"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no Parquet file"):
+        read_documents(tmp_path / "empty", limit=10, characters=4)

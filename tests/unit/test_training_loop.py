@@ -1,0 +1,150 @@
+"""The loop: same loss however a batch is cut, same losses after a resume, a schedule, and batches by step."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from workbench.config import load
+from workbench.errors import Failure, UserError
+from workloads.sft import SftConfig
+from workloads.training.checkpoint import load_checkpoint, save_checkpoint
+from workloads.training.config import TrainingConfig
+from workloads.training.fsdp import check_storage
+from workloads.training.loop import IGNORE, Batches, Row, collate, learning_rate, summed_loss, train
+
+CPU = torch.device("cpu")
+
+
+def make_model() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    )
+
+
+def make_rows(count: int) -> list[Row]:
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    for index in range(count):
+        ids = torch.randint(0, 50, (5 + index % 7,), generator=generator).tolist()
+        rows.append(Row(ids, [IGNORE] * 3 + ids[3:]))
+    return rows
+
+
+class Silent:
+    """Events that keep what they are told."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    def log(self, step: int, **values: float) -> None:
+        self.rows.append((step, values))
+
+    def checkpoint(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        if self.folder:
+            save_checkpoint(self.folder / str(step), step, model, optimizer)
+
+
+def losses(config: TrainingConfig, events: Silent | None = None, resume: Path | None = None) -> list[tuple[int, float]]:
+    model, rows = make_model(), make_rows(12)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
+    start = load_checkpoint(resume, model, optimizer) if resume else 0
+    events = events or Silent()
+    batches = Batches(rows, config.batch_size, config.seed)
+    return train(model, batches, config, validation=[], events=events, optimizer=optimizer, start=start).train
+
+
+def config(**changes: Any) -> TrainingConfig:
+    given = {"steps": 6, "batch_size": 6, "warmup_steps": 2, "log_every": 1, "workers": 1, "checkpoint_every": 0}
+    return TrainingConfig(**{**given, **changes})
+
+
+def test_the_loss_falls() -> None:
+    curve = losses(config(steps=30, learning_rate=1e-2))
+    assert curve[-1][1] < 0.5 * curve[0][1]
+
+
+def test_micro_batches_change_no_loss() -> None:
+    whole, cut = losses(config()), losses(config(micro_batch_size=2))
+    assert [loss for _, loss in cut] == pytest.approx([loss for _, loss in whole], abs=1e-5)
+
+
+def test_a_resumed_run_has_the_losses_of_an_undisturbed_one(tmp_path: Path) -> None:
+    whole = losses(config(checkpoint_every=2), Silent(tmp_path))
+    resumed = losses(config(checkpoint_every=2), resume=tmp_path / "4")
+    assert [step for step, _ in resumed] == [5, 6]
+    assert resumed == whole[4:]
+
+
+def test_logits_are_made_only_where_needed_and_the_loss_is_the_same() -> None:
+    model, rows = make_model(), make_rows(4)
+    ids, mask, labels = collate(rows, CPU)
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    by_hand = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    assert summed_loss(model, rows, CPU).item() == pytest.approx(by_hand.item(), rel=1e-5)
+
+
+def test_padding_changes_no_loss() -> None:
+    model, rows = make_model(), make_rows(6)
+    one_by_one = sum(summed_loss(model, [row], CPU).item() for row in rows)
+    assert summed_loss(model, rows, CPU).item() == pytest.approx(one_by_one, rel=1e-5)
+
+
+def test_an_epoch_has_every_row_once_and_a_batch_depends_on_its_step_alone() -> None:
+    rows = [Row([i], [i]) for i in range(10)]
+    batches = Batches(rows, 5, seed=0)
+    epochs = [[row.ids[0] for step in (first, first + 1) for row in batches[step]] for first in (0, 2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10))
+    assert epochs[0] != epochs[1]
+    assert Batches(rows, 5, seed=0)[3] == batches[3]
+
+
+def test_the_learning_rate_rises_then_falls_to_its_end() -> None:
+    schedule = config(steps=100, warmup_steps=10, learning_rate=1.0, final_learning_rate=0.1)
+    rates = [learning_rate(schedule, step) for step in range(101)]
+    assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[100] == pytest.approx(0.1)
+
+
+def test_a_loss_that_is_no_number_stops_the_run() -> None:
+    model = make_model()
+    model.lm_head.weight.data.fill_(float("nan"))
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(FloatingPointError, match="lower learning_rate"):
+        train(model, Batches(make_rows(6), 6, 0), config(), validation=[], events=Silent(), optimizer=optimizer)
+
+
+def test_packed_bytes_are_never_cast() -> None:
+    from bitsandbytes.nn import Linear4bit
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    layer = Linear4bit(64, 64, quant_type="nf4", quant_storage=torch.float32).to("cpu")
+    check_storage(layer, MixedPrecisionPolicy(param_dtype=torch.float32))
+    check_storage(layer, MixedPrecisionPolicy())
+    with pytest.raises(Failure, match="bnb_4bit_quant_storage"):
+        check_storage(layer, MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["batch_size=5"], "batch_size 5 does not divide over 2 workers"),
+        (["strategy=single"], "give workers=1"),
+        (["warmup_steps=200"], "leaves none of 200 steps"),
+        (["method=full"], "quantization=none"),
+        (["adapter.rnak=4"], "did you mean 'adapter.rank'"),
+        (["data=/no/such/rows.jsonl"], "no such file"),
+        (["base=/no/such/model"], "no model there"),
+    ],
+)
+def test_a_config_that_cannot_work_says_what_to_type(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load(SftConfig, None, ["base=owner/model", *overrides])
