@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.jobs import exit_code, submit
+from cluster.jobs import POLL_SECONDS, exit_code, submit, wait
 from workbench.config import runs_root
 from workbench.errors import Failure
 from workbench.files import read_json, write_atomic
@@ -16,7 +16,6 @@ from workbench.runs import Run
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-POLL_SECONDS = 0.5
 STOP_SECONDS = 20
 RUN_NAME = "demo"
 
@@ -59,9 +58,7 @@ class DemoJobs:
 
         Raises Failure with the end of the log and the command that repeats the step.
         """
-        while (code := exit_code(self._client, started.job)) is None:
-            found(_progress(started.run_folder()))
-            time.sleep(POLL_SECONDS)
+        code = wait(self._client, started.job, lambda: found(_progress(started.run_folder())))
         self._running.remove(started)
         log = self._keep_log(started)
         folder = started.run_folder()

@@ -15,8 +15,8 @@ def job_client(cluster: ClusterAddress) -> "JobSubmissionClient":
     use_cluster(cluster)
     from ray.job_submission import JobSubmissionClient  # heavy, and reads the variables set by use_cluster
 
-    logging.getLogger("ray").setLevel(logging.ERROR)  # upload notes, once per job and per ignored file
-    logging.getLogger("ray.dashboard").setLevel(logging.ERROR)
+    for chatty in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)  # notes on every upload and every ignored file
     try:
         return JobSubmissionClient(cluster.dashboard)
     except ConnectionError as error:

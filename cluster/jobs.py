@@ -7,11 +7,13 @@ The same by hand: ``ray job submit --working-dir . -- python -m workbench data e
 """
 
 import asyncio
+import secrets
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 ENDED = {"STOPPED", "SUCCEEDED", "FAILED"}
 STOPPED_EXIT_CODE = 143
 RECONNECT_SECONDS = 300
+POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -58,19 +61,32 @@ def submit(
         **(variables or {}),
     }
     asked = resources or EntrypointResources()
-    try:
-        return client.submit_job(
-            entrypoint=shlex.join(["python", "-m", "workbench", *command]),
-            submission_id=name or None,
-            runtime_env={"working_dir": str(CHECKOUT), "excludes": ["/.git"], "env_vars": variables},
-            metadata={"command": shlex.join(command[:2])},
-            entrypoint_num_cpus=asked.cpus or None,
-            entrypoint_num_gpus=asked.gpus or None,
-            entrypoint_memory=asked.memory or None,
-            entrypoint_resources=asked.custom or None,
-        )
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"the cluster refused the job: {error}") from None
+    job = name or f"workbench-{secrets.token_hex(4)}"
+    request = partial(
+        client.submit_job,
+        entrypoint=shlex.join(["python", "-m", "workbench", *command]),
+        submission_id=job,
+        runtime_env={"working_dir": str(CHECKOUT), "excludes": ["/.git"], "env_vars": variables},
+        metadata={"command": shlex.join(command[:2])},
+        entrypoint_num_cpus=asked.cpus or None,
+        entrypoint_num_gpus=asked.gpus or None,
+        entrypoint_memory=asked.memory or None,
+        entrypoint_resources=asked.custom or None,
+    )
+    deadline = time.monotonic() + RECONNECT_SECONDS
+    lost = False
+    while True:
+        try:
+            return request()
+        except OSError as error:  # requests' errors are OSErrors
+            if time.monotonic() > deadline:
+                raise Failure(f"the cluster does not answer: {error}; the job {job} may have been accepted") from None
+            lost = True
+            time.sleep(1)
+        except (RuntimeError, ValueError) as error:
+            if lost and "already exists" in str(error):
+                return job  # the request whose answer was lost had arrived
+            raise UserError(f"the cluster refused the job: {error}") from None
 
 
 def follow(client: "JobSubmissionClient", job: str, write: Callable[[str], Any] = sys.stderr.write) -> int:
@@ -88,11 +104,29 @@ def follow(client: "JobSubmissionClient", job: str, write: Callable[[str], Any] 
                 write(chunk)
             if (code := exit_code(client, job)) is not None:
                 return code
-        except (ConnectionError, OSError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:
             lost_since = lost_since or time.monotonic()
             if time.monotonic() - lost_since > RECONNECT_SECONDS:
                 raise Failure(f"lost the cluster while following {job}: {error}; the job may still run") from None
-        time.sleep(0.5)
+        time.sleep(POLL_SECONDS)
+
+
+def wait(client: "JobSubmissionClient", job: str, watch: Callable[[], Any]) -> int:
+    """Call ``watch`` until the job ends, across lost connections; the command's exit code.
+
+    Raises Failure when the cluster has not answered for five minutes.
+    """
+    answered = time.monotonic()
+    while True:
+        try:
+            if (code := exit_code(client, job)) is not None:
+                return code
+            answered = time.monotonic()
+        except (OSError, RuntimeError) as error:
+            if time.monotonic() - answered > RECONNECT_SECONDS:
+                raise Failure(f"lost the cluster while waiting for {job}: {error}; the job may still run") from None
+        watch()
+        time.sleep(POLL_SECONDS)
 
 
 def exit_code(client: "JobSubmissionClient", job: str) -> int | None:
