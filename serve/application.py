@@ -2,8 +2,8 @@
 
 import re
 import socket
-from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import UserError
@@ -29,10 +29,10 @@ class Deployed:
     route_prefix: str
     deployments: dict[str, dict[str, Any]]
 
-    def engine_actors(self) -> set[str]:
-        """The actor ids of the replicas that hold an engine, those that died of late among them."""
+    def engine_workers(self) -> dict[str, str]:
+        """Worker id to node id of the replicas that hold an engine, those that died of late among them."""
         replicas = [r for d in self.models().values() for r in [*d["replicas"], *(d.get("recent_dead_replicas") or [])]]
-        return {replica["actor_id"] for replica in replicas if replica["actor_id"]}
+        return {r["worker_id"]: r["node_id"] for r in replicas if r.get("worker_id")}
 
     def models(self) -> dict[str, dict[str, Any]]:
         """The deployments that hold an engine, by model name."""
@@ -118,22 +118,33 @@ def remove() -> bool:
     return there
 
 
-def engine_log(actors: Iterable[str], lines: int = 400) -> str:
-    """The last lines that each of these replicas and its engine wrote, or an empty text where Ray has kept none."""
+def engine_log(workers: dict[str, str], lines: int = 400) -> str:
+    """The last lines that each of these replicas and its engine wrote; empty for those whose node is gone.
+
+    Read by a task on the replica's node: the State API asks the dashboard's agents, which may not be there yet.
+    """
     import ray
     from ray.exceptions import RayError
-    from ray.util.state import get_log
-    from ray.util.state.exception import RayStateApiException
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    address = ray.get_runtime_context().gcs_address  # named, for other Rays may run on this host
+    read = ray.remote(num_cpus=0, max_retries=0)(_worker_log)
     texts = []
-    for actor in sorted(actors):
-        for suffix in ("out", "err"):
-            try:
-                texts += get_log(address=address, actor_id=actor, suffix=suffix, tail=lines)
-            except (RayStateApiException, RayError, OSError):
-                continue  # the node is gone, or the dashboard that keeps the logs
+    for worker, node in sorted(workers.items()):
+        place = NodeAffinitySchedulingStrategy(node, soft=False)
+        try:
+            texts.append(ray.get(read.options(scheduling_strategy=place).remote(worker, lines), timeout=60))
+        except RayError as error:
+            texts.append(f"(the log of worker {worker} cannot be read: {type(error).__name__})\n")
     return "".join(texts)
+
+
+def _worker_log(worker: str, lines: int) -> str:
+    import ray
+
+    folder = Path(ray._private.worker._global_node.get_logs_dir_path())
+    files = sorted(folder.glob(f"worker-{worker}-*.out")) + sorted(folder.glob(f"worker-{worker}-*.err"))
+    tails = (file.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:] for file in files)
+    return "".join(f"{line}\n" for tail in tails for line in tail)
 
 
 def causes(log: str, most: int = 3) -> list[str]:

@@ -131,21 +131,21 @@ def _devices(models: list[ModelConfig], resources: dict[str, float]) -> dict[str
 def _wait_running(run: Run, deadline: float) -> None:
     """Return when every replica runs. Raises Failure with the engine's last lines when one cannot start."""
     shown = ""
-    actors: set[str] = set()  # kept, for Serve forgets a replica that died before it counts it as dead
+    seen: dict[str, str] = {}  # kept, for Serve forgets a replica that died before it counts it as dead
     while time.monotonic() < deadline:
         application = deployed()
         if application is not None:
             if application.status == "RUNNING":
                 return
-            actors |= application.engine_actors()
+            seen |= application.engine_workers()
             if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                raise Failure(f"an engine did not start: {_reason(run, application, actors)}")
+                raise Failure(f"an engine did not start: {_reason(run, application, seen)}")
             text = ", ".join(f"{name} {_state(d)}" for name, d in application.models().items())
             if text != shown:
                 run.say(f"engines: {text}")
                 shown = text
         time.sleep(0.5)
-    raise Failure(f"not up within the timeout ({shown}): {_reason(run, deployed(), actors)}")
+    raise Failure(f"not up within the timeout ({shown}): {_reason(run, deployed(), seen)}")
 
 
 def _state(deployment: dict[str, Any]) -> str:
@@ -153,12 +153,12 @@ def _state(deployment: dict[str, Any]) -> str:
     return "/".join(sorted(set(states))) or "waiting for resources"
 
 
-def _reason(run: Run, application: Deployed | None, actors: set[str]) -> str:
+def _reason(run: Run, application: Deployed | None, seen: dict[str, str]) -> str:
     """Why it did not come up: the exceptions that the engine's log names, and where the whole log is."""
     if application is None:
         return "the application is gone"
     told = "\n".join([application.message, *(d["message"] for d in application.deployments.values())])
-    log = engine_log(actors)
+    log = engine_log(seen)
     write_atomic(run.artifact("engine.log"), f"{told}\n\n{log}")
     named = causes(log) or causes(told) or told.strip().splitlines()[-1:]
     return "; ".join(named) + f"\nthe engine's log: {run.artifact('engine.log')}"
