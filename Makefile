@@ -2,7 +2,8 @@
 # make test   installs what the tests need and runs lint, types and tests
 # Variables of install.sh: PYTHON, EXTRA=cpu|cuda|none, TORCH_INDEX. Demo: ARGS="--fresh".
 
-RUN := .venv/bin/python -m
+# The environment's interpreter by a path without spaces, which Ray needs.
+RUN = "$$(.venv/bin/python workbench/interpreter.py)" -m
 export PYTHON EXTRA TORCH_INDEX
 
 .PHONY: demo test install lint clean

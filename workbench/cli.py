@@ -15,6 +15,7 @@ from typer._click.exceptions import ClickException
 from cluster import cluster_cli, jobs_cli, runs_remote_cli
 from workbench.commands import Command, execute
 from workbench.errors import Failure, UserError
+from workbench.interpreter import leave_spaces_behind
 from workbench.runs_cli import runs_app
 
 GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
@@ -150,6 +151,8 @@ app.add_typer(runs_app, name="runs")
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point: exit code 0, 1 for a failure, 2 for the user's mistake, 130 when interrupted."""
+    if argv is None:
+        leave_spaces_behind()
     try:
         result: Any = app(args=argv, standalone_mode=False)
     except typer.Abort:
