@@ -27,8 +27,8 @@ class Encoded:
 
 
 def user_message(row: Instruction) -> str:
-    """The instruction, then its input on a line of its own."""
-    return f"{row['instruction']}\n{row['input']}" if row.get("input") else row["instruction"]
+    """The input, then the instruction on a line of its own: a causal model reads the question knowing the input."""
+    return f"{row['input']}\n{row['instruction']}" if row.get("input") else row["instruction"]
 
 
 def prompt(row: Instruction, tokenizer: Any) -> str:

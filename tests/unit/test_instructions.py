@@ -42,7 +42,7 @@ def test_a_tokenizer_comes_back_from_disk_with_its_chat_template(tokenizer: Any,
 
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert prompt(ROW, loaded) == "<|user|>Count the rings.\nc1ccccc1<|end|><|assistant|>"
+    assert prompt(ROW, loaded) == "<|user|>c1ccccc1\nCount the rings.<|end|><|assistant|>"
     assert loaded.eos_token == END
     assert loaded(prompt(ROW, loaded)).input_ids == tokenizer(prompt(ROW, tokenizer)).input_ids
 

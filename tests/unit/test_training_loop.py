@@ -1,5 +1,6 @@
 """The loop: same loss however a batch is cut, same losses after a resume, a schedule, and batches by step."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,21 @@ def test_an_epoch_has_every_row_once_and_a_batch_depends_on_its_step_alone() -> 
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10))
     assert epochs[0] != epochs[1]
     assert Batches(rows, 5, seed=0)[3] == batches[3]
+
+
+def test_rows_of_like_length_share_a_batch() -> None:
+    draw = random.Random(0)
+    rows = [Row([0] * length, [0] * length) for length in draw.choices(range(10, 100), k=320)]
+    batches = Batches(rows, 20, seed=0)
+    padded = sum(20 * max(len(row.ids) for row in batches[step]) for step in range(16))
+    assert padded < 1.1 * sum(len(row.ids) for row in rows)
+    lengths = [len(batches[step][0].ids) for step in range(16)]
+    assert lengths != sorted(lengths)
+
+
+def test_too_few_rows_for_a_batch_are_refused() -> None:
+    with pytest.raises(UserError, match="batch_size=3"):
+        Batches(make_rows(3), 4, seed=0)
 
 
 def test_the_learning_rate_rises_then_falls_to_its_end() -> None:

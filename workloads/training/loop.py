@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from workbench.errors import UserError
 from workloads.training.config import TrainingConfig
 from workloads.training.fsdp import evaluation_mode, global_norm_clip, last_backward
 
@@ -40,21 +41,37 @@ class Row:
 
 
 class Batches:
-    """The global batch of any step, as a pure function of the step: an epoch is a permutation drawn from the seed."""
+    """The global batch of any step, as a pure function of the step.
+
+    An epoch is a permutation drawn from the seed. Within each ``WINDOW`` batches of it, rows of like length share a
+    batch, so that little is padded; then the batches are shuffled. Rows that fill no batch sit the epoch out.
+    Raises UserError where the rows fill no batch at all.
+    """
+
+    WINDOW = 16
 
     def __init__(self, rows: Sequence[Row], batch_size: int, seed: int) -> None:
+        if len(rows) < batch_size:
+            raise UserError(f"{len(rows)} training rows do not fill a batch: give batch_size={len(rows)} or less")
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
-        self._epoch, self._order = -1, list(range(len(rows)))
+        self.per_epoch = len(rows) // batch_size
+        self._epoch, self._batches = -1, list[list[int]]()
 
     def __getitem__(self, step: int) -> list[Row]:
-        return [self._row(step * self.batch_size + offset) for offset in range(self.batch_size)]
-
-    def _row(self, position: int) -> Row:
-        epoch, index = divmod(position, len(self.rows))
+        epoch, number = divmod(step, self.per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, list(range(len(self.rows)))
-            random.Random(f"{self.seed} {epoch}").shuffle(self._order)
-        return self.rows[self._order[index]]
+            self._epoch, self._batches = epoch, self._deal(random.Random(f"{self.seed} {epoch}"))
+        return [self.rows[index] for index in self._batches[number]]
+
+    def _deal(self, draw: random.Random) -> list[list[int]]:
+        order = draw.sample(range(len(self.rows)), self.per_epoch * self.batch_size)
+        window = self.WINDOW * self.batch_size
+        batches = []
+        for start in range(0, len(order), window):
+            alike = sorted(order[start : start + window], key=lambda index: len(self.rows[index].ids))
+            batches += [alike[i : i + self.batch_size] for i in range(0, len(alike), self.batch_size)]
+        draw.shuffle(batches)
+        return batches
 
 
 class Events(Protocol):

@@ -1,0 +1,222 @@
+"""Pretrain, fine-tune, sweep and evaluate, with tiny models on real Ray Train, FSDP2 and bitsandbytes."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+import tune.sweep
+import workloads.evaluate
+import workloads.pretrain
+import workloads.sft
+from workbench.config import Config, load
+from workbench.errors import UserError
+from workbench.runs import finish, open_run
+from workbench.tracking import read_metrics
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+TINY = ["cpus_per_worker=0.5", "warmup_steps=1", "log_every=1"]
+SFT = [*TINY, "steps=6", "batch_size=4", "max_length=128", "validation_rows=8", "validate_every=3", "adapter.rank=4"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A runs root for this module, in a path with a space."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("my runs")
+        patch.setenv("WORKBENCH_RUNS_ROOT", str(folder))
+        yield folder
+
+
+def command(module: Any, schema: type[Config], overrides: list[str], name: str) -> tuple[Path, dict[str, Any]]:
+    """Run a command as the command line does; its folder and summary."""
+    config = load(schema, None, overrides)
+    with open_run(*module.__name__.split("."), config, name=name) as run:
+        summary = module.run(config, run)
+        finish(run, summary)
+        return run.folder, summary
+
+
+@pytest.fixture(scope="module")
+def base(root: Path, ray_session: None) -> Path:
+    """A tiny pretrained model, made by two workers from chemistry alone."""
+    sizes = ["model.hidden_size=64", "model.layers=2", "model.mlp_size=64", "vocabulary=400", "block=64"]
+    folder, summary = command(
+        workloads.pretrain, workloads.pretrain.PretrainConfig,
+        [*sizes, *TINY, "steps=20", "batch_size=4", "learning_rate=0.01", "chemistry_copies=1", "checkpoint_every=0"],
+        "base",
+    )  # fmt: skip
+    assert (folder / "report.html").is_file()
+    curve = [row["loss"] for row in read_metrics(folder) if row.get("loss")]
+    assert len(curve) == 20
+    assert summary["loss"] < 0.9 * curve[0]
+    return folder / "artifacts" / "model"
+
+
+def sft(base: Path, name: str, *overrides: str) -> tuple[Path, dict[str, Any]]:
+    return command(workloads.sft, workloads.sft.SftConfig, [f"base={json.dumps(str(base))}", *SFT, *overrides], name)
+
+
+@pytest.fixture(scope="module")
+def tuned(base: Path) -> tuple[Path, dict[str, Any]]:
+    """QLoRA on two FSDP2 workers."""
+    return sft(base, "qlora")
+
+
+def losses(folder: Path) -> list[float]:
+    """The loss of each step; of a step that was trained twice, the later one."""
+    return list({row["step"]: row["loss"] for row in read_metrics(folder) if row.get("loss") is not None}.values())
+
+
+def test_a_pretrained_model_loads_and_talks_in_its_chat_template(base: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Count the rings.\nCCO"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    ids = asked["input_ids"] if not isinstance(asked, torch.Tensor) else asked
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] > ids.shape[1]
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_two_sharded_workers_have_the_losses_of_one_process(base: Path, tuned: tuple[Path, Any]) -> None:
+    alone, _ = sft(base, "alone", "workers=1", "strategy=single")
+    assert losses(tuned[0]) == pytest.approx(losses(alone), abs=1e-5)
+
+
+def test_each_worker_stores_half_of_the_packed_base(tuned: tuple[Path, Any], base: Path) -> None:
+    from workloads.training.adapters import add_adapter, load_base
+    from workloads.training.config import AdapterConfig
+    from workloads.training.fsdp import sharded_bytes
+
+    whole = add_adapter(load_base(str(base), "float32", "nf4", torch.device("cpu")), AdapterConfig(rank=4))
+    everything = sharded_bytes(whole)["local"]
+    assert tuned[1]["bytes_of_rank_0"] == pytest.approx(everything / 2, rel=0.02)
+
+
+def test_the_saved_adapter_and_the_merged_model_answer_alike(tuned: tuple[Path, Any], base: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.arange(1, 40)[None]
+    artifacts = tuned[0] / "artifacts"
+    untouched = AutoModelForCausalLM.from_pretrained(base)
+    before = untouched(ids).logits
+    adapted = PeftModel.from_pretrained(untouched, artifacts / "adapter")(ids).logits
+    merged = AutoModelForCausalLM.from_pretrained(artifacts / "merged")(ids).logits
+    assert torch.allclose(adapted, merged, atol=1e-4)
+    assert not torch.allclose(before, merged, atol=1e-2)
+
+
+def test_the_saved_adapter_has_the_loss_that_was_reported(tuned: tuple[Path, Any], base: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    from workloads.instructions import encode, read_jsonl
+    from workloads.training.adapters import load_base
+    from workloads.training.loop import Row, mean_loss
+
+    artifacts, cpu = tuned[0] / "artifacts", torch.device("cpu")
+    model = PeftModel.from_pretrained(load_base(str(base), "float32", "nf4", cpu), artifacts / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    rows = [encode(row, tokenizer, 128) for row in read_jsonl([artifacts / "validation.jsonl"])]
+    loss = mean_loss(model, [Row(row.ids, row.labels) for row in rows], 4, cpu)
+    assert loss == pytest.approx(tuned[1]["validation_loss"], abs=1e-5)
+
+
+def test_training_goes_on_from_the_last_checkpoint_when_a_worker_is_killed(
+    base: Path, root: Path, tuned: tuple[Path, Any]
+) -> None:
+    killed: list[int] = []
+    steps = ["steps=40", "checkpoint_every=4"]
+    undisturbed, _ = sft(base, "undisturbed", *steps)
+
+    def kill_a_worker() -> None:
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and not killed:
+            ours = [f for f in (root / "workloads-sft").glob("*-disturbed") if len(read_metrics(f)) > 6]
+            workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(_line(p))]
+            if ours and list((ours[0] / "ray").rglob(".metadata")) and workers:
+                workers[-1].kill()
+                killed.append(workers[-1].pid)
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill_a_worker, daemon=True)
+    killer.start()
+    folder, summary = sft(base, "disturbed", *steps)
+    assert killed
+    assert summary["resumed_from"] >= 4
+    assert losses(folder) == pytest.approx(losses(undisturbed), abs=1e-5)
+
+
+def _line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def test_workers_that_fit_nowhere_are_refused_at_once(base: Path) -> None:
+    with pytest.raises(UserError, match="room for"):
+        sft(base, "giant", "cpus_per_worker=1000")
+
+
+def test_bf16_shards_train_with_an_adapter_in_fp32(base: Path) -> None:
+    _, summary = sft(base, "bf16", "dtype=bfloat16", "steps=3")
+    assert summary["validation_loss"] < 10
+
+
+def test_a_sweep_ends_with_its_best_trial_and_leaves_nothing_behind(base: Path) -> None:
+    from ray.util.state import list_actors
+    from transformers import AutoModelForCausalLM
+
+    shared = [f"config.{item}" for item in SFT if not item.startswith("validate_every")]
+    folder, summary = command(
+        tune.sweep, tune.sweep.SweepConfig,
+        [f"config.base={json.dumps(str(base))}", *shared, "config.validate_every=2", "scheduler.grace_steps=2",
+         "space.learning_rate.loguniform=[0.0001, 0.1]", "space.adapter.rank.choice=[2, 4]"],
+        "sweep",
+    )  # fmt: skip
+    assert summary["trials"] == 4
+    assert summary["finished"] + summary["stopped_early"] == 4
+    best = folder / "artifacts" / "best"
+    assert AutoModelForCausalLM.from_pretrained(best / "merged").num_parameters() > 0
+    again = load(workloads.sft.SftConfig, best / "config.yaml")
+    assert (again.learning_rate, again.adapter.rank) == (summary["best_learning_rate"], summary["best_adapter.rank"])
+    assert not [a for a in list_actors(filters=[("state", "=", "ALIVE")]) if "ImplicitFunc" in a.class_name]
+
+
+def test_a_model_is_not_better_than_itself(base: Path) -> None:
+    folder, summary = command(
+        workloads.evaluate, workloads.evaluate.EvalConfig,
+        [f"base={json.dumps(str(base))}", f"tuned={json.dumps(str(base))}", "limit=22", "max_new_tokens=4",
+         "cpus_per_model=0.5"],
+        "same",
+    )  # fmt: skip
+    assert summary["tuned_minus_base"] == 0
+    assert not summary["tuned_beats_base"]
+    assert not summary["tuned_beats_majority"]
+    answers = [json.loads(line) for line in (folder / "artifacts" / "answers.jsonl").read_text().splitlines()]
+    assert [row["base"] for row in answers] == [row["tuned"] for row in answers]
+
+
+def test_an_adapter_is_evaluated_with_its_base(base: Path, tuned: tuple[Path, Any]) -> None:
+    from workloads.generate import greedy_answers
+    from workloads.instructions import read_jsonl
+
+    artifacts = tuned[0] / "artifacts"
+    rows = read_jsonl([artifacts / "test.jsonl"])[:12]
+    said = [
+        greedy_answers(str(artifacts / name), rows, device="cpu", batch_size=5, max_new_tokens=4)
+        for name in ("adapter", "merged")
+    ]
+    assert said[0] == said[1]
