@@ -91,9 +91,9 @@ def run(config: LoadTestConfig, run: Run) -> Summary:
         "models": ", ".join(models),
         "requests": sum(row["requests"] for row in rows),
         "errors": sum(row["errors"] for row in rows),
-        **{f"{m}_best_tokens_per_s": best[m]["output_tokens_per_s"] for m in models},
+        **{f"{m}_best_tokens_per_s": round(best[m]["output_tokens_per_s"], 1) for m in models},
         **{f"{m}_best_concurrency": best[m]["concurrency"] for m in models},
-        **{f"{m}_x{first[m]['concurrency']}_ttft_p50_ms": first[m]["ttft_p50_ms"] for m in models},
+        **{f"{m}_x{first[m]['concurrency']}_ttft_p50_ms": round(first[m]["ttft_p50_ms"], 1) for m in models},
     }
 
 

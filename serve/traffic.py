@@ -2,7 +2,8 @@
 
 Times follow vLLM's benchmark: time to first token is from sending to the first chunk with text; inter-token latency
 is a request's remaining time divided by its remaining tokens (servers may send several tokens in one chunk); token
-counts are the server's own ``usage``.
+counts are the server's own ``usage``. Why not that benchmark itself: it needs vLLM where it runs (macOS has none) and
+nine CPU-seconds of imports a level, and names a refused request by its reason phrase alone.
 """
 
 import asyncio

@@ -51,7 +51,7 @@ def endpoint(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Ite
         config = load(
             up.ServeConfig,
             None,
-            [f"models=[{{name: tiny, source: '{model}', device: cpu}}]", f"port={free_port()}", "timeout=400"],
+            [f"models=[{{name: tiny, source: '{model}', device: cpu}}]", f"port={free_port()}", "timeout=540"],
         )
         summary = up.run(config, opened("up", config))
         try:
