@@ -16,7 +16,7 @@ from pydantic import Field
 from data_pipelines.store import MilvusUri
 from serve.endpoint import DEFAULT_URL, choose_model, context_length, count_tokens, open_client, served_models
 from serve.passages import rank, sentences, trim
-from workbench.config import Config
+from workbench.config import Config, OutputPath
 from workbench.errors import Failure, UserError
 from workbench.runs import Run, Summary
 
@@ -50,7 +50,7 @@ class AskConfig(Config):
     candidates: int = Field(default=8, ge=1, description="Sentences the model may choose from in mode quote")
     base_url: str = Field(default=DEFAULT_URL, description="OpenAI-compatible endpoint")
     model: str | None = Field(default=None, description="Served model; default: the endpoint's last")
-    api_key_file: Path | None = Field(
+    api_key_file: OutputPath | None = Field(
         default=None, description="File of the API key; default OPENAI_API_KEY, else the key that 'serve up' made"
     )
     max_tokens: int = Field(default=256, ge=1, description="Longest answer in mode free")

@@ -17,7 +17,7 @@ from pydantic import Field
 from serve.endpoint import DEFAULT_URL, choose_model, open_client, served_models
 from serve.keys import client_key
 from serve.traffic import Outcome, Target, drive
-from workbench.config import Config, InputPath
+from workbench.config import Config, InputPath, OutputPath
 from workbench.errors import Failure, UserError
 from workbench.runs import Run, Summary
 
@@ -40,7 +40,7 @@ class LoadTestConfig(Config):
 
     base_url: str = Field(default=DEFAULT_URL, description="OpenAI-compatible endpoint")
     models: list[str] | None = Field(default=None, description="Models to test, one after the other; default: all")
-    api_key_file: Path | None = Field(
+    api_key_file: OutputPath | None = Field(
         default=None, description="File of the API key; default OPENAI_API_KEY, else the key that 'serve up' made"
     )
     concurrency: list[int] = Field(default=[1, 4, 16], min_length=1, description="Requests in flight, one level each")

@@ -1,6 +1,8 @@
 """Shared fixtures: a runs root of the test's own, and one local Ray for the whole session."""
 
+import atexit
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WORKBENCH_STATE"] = tempfile.mkdtemp(prefix="wb-state-")  # a head of the user's stays out of the tests
+atexit.register(shutil.rmtree, os.environ["WORKBENCH_STATE"], ignore_errors=True)
 
 
 @pytest.fixture
