@@ -8,7 +8,6 @@ source; this suits models that are too small to write.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
