@@ -26,6 +26,7 @@ from workbench.errors import Failure, UserError
 from workbench.files import write_json
 from workbench.ray_files import ray_folder
 from workbench.session import (
+    LOOPBACK,
     QUIET,
     ClusterAddress,
     local_cluster,
@@ -56,7 +57,7 @@ def local_head(cpus: int | None = None) -> Iterator[ClusterAddress]:
 def _head_in(temp_dir: Path, token_file: Path, cpus: int | None) -> Iterator[ClusterAddress]:
     log = state_folder() / "head.log"
     gcs, dashboard, *rest = _free_ports(6)
-    address = ClusterAddress(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", token_file)
+    address = ClusterAddress(f"{LOOPBACK}:{gcs}", f"http://127.0.0.1:{dashboard}", token_file)
     with log.open("w") as stream:
         process = subprocess.Popen(
             _command(gcs, dashboard, rest, temp_dir, cpus),
@@ -83,7 +84,7 @@ def _command(gcs: int, dashboard: int, ports: list[int], temp_dir: Path, cpus: i
     metrics, agent, agent_grpc, client = ports
     command = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
-        "--node-ip-address=127.0.0.1", f"--port={gcs}", f"--ray-client-server-port={client}",
+        f"--node-ip-address={LOOPBACK}", f"--port={gcs}", f"--ray-client-server-port={client}",
         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--metrics-export-port={metrics}",
         f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}",
         f"--temp-dir={temp_dir}", f"--object-store-memory={object_store_bytes()}",

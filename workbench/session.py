@@ -23,6 +23,10 @@ from workbench.ray_files import ray_folder
 
 NAMESPACE = "workbench"
 
+LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
+"""The address of a node of our own. Ray replaces 127.0.0.1 by the host's address on Linux, and then its agents listen
+on the network and a laptop that changes networks loses its cluster."""
+
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -168,6 +172,7 @@ def _own_ray() -> Iterator[None]:
                 namespace=NAMESPACE,
                 include_dashboard=True,  # Ray Train's clean-up inside Tune asks the dashboard's State API
                 dashboard_host="127.0.0.1",
+                _node_ip_address=LOOPBACK,
                 object_store_memory=object_store_bytes(),
                 log_to_driver=False,
                 _temp_dir=str(folder),
