@@ -26,6 +26,11 @@ class ArchitectureConfig(Config):
     head_size: int = Field(32, description="width of an attention head; vLLM's CPU kernels take 32, 64, 96, 128, ...")
     mlp_size: int = Field(512, ge=32, description="width of the SwiGLU layer")
     context: int = Field(2048, ge=64, description="largest position")
+    initial_range: float = Field(
+        0.05,
+        gt=0,
+        description="deviation of the new weights; Transformers' 0.02 learns slower at widths of a few hundred",
+    )
 
     @model_validator(mode="after")
     def _heads(self) -> "ArchitectureConfig":

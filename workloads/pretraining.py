@@ -132,6 +132,7 @@ def llama_config(config: PretrainConfig, tokenizer: Any) -> LlamaConfig:
         num_key_value_heads=heads,
         head_dim=config.model.head_size,
         max_position_embeddings=config.model.context,
+        initializer_range=config.model.initial_range,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

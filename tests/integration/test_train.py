@@ -20,7 +20,7 @@ from workbench.errors import UserError
 from workbench.runs import finish, open_run
 from workbench.tracking import read_metrics
 
-pytestmark = pytest.mark.usefixtures("ray_session")
+pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(1200)]
 
 TINY = ["cpus_per_worker=0.5", "warmup_steps=1", "log_every=1"]
 SFT = [*TINY, "steps=6", "batch_size=4", "max_length=128", "validation_rows=8", "validate_every=3", "adapter.rank=4"]
@@ -88,9 +88,27 @@ def test_a_pretrained_model_loads_and_talks_in_its_chat_template(base: Path) -> 
     assert model.config.eos_token_id == tokenizer.eos_token_id
 
 
+def alone(base: Path, *overrides: str) -> list[float]:
+    """The loss of each step of the same fine-tuning in this process, without Ray, workers or shards."""
+    from workloads.fine_tune import fine_tune
+    from workloads.instructions import load_instructions
+
+    class Nothing:
+        def log(self, step: int, **values: float) -> None: ...
+
+        def checkpoint(self, step: int, model: Any, optimizer: Any) -> None: ...
+
+    single = ["workers=1", "strategy=single"]
+    config = load(workloads.sft.SftConfig, None, [f"base={json.dumps(str(base))}", *SFT, *single, *overrides])
+    data = load_instructions("chemistry", split_seed=0, seed=0, limit=config.steps * config.batch_size, held_out=8)
+    done = fine_tune(
+        config, data.train, data.validation, device=torch.device("cpu"), events=Nothing(), result=base.parent / "alone"
+    )
+    return [loss for _, loss in done.history.train]
+
+
 def test_two_sharded_workers_have_the_losses_of_one_process(base: Path, tuned: tuple[Path, Any]) -> None:
-    alone, _ = sft(base, "alone", "workers=1", "strategy=single")
-    assert losses(tuned[0]) == pytest.approx(losses(alone), abs=1e-5)
+    assert losses(tuned[0]) == pytest.approx(alone(base), abs=1e-5)
 
 
 def test_each_worker_stores_half_of_the_packed_base(tuned: tuple[Path, Any], base: Path) -> None:
@@ -137,25 +155,23 @@ def test_training_goes_on_from_the_last_checkpoint_when_a_worker_is_killed(
     base: Path, root: Path, tuned: tuple[Path, Any]
 ) -> None:
     killed: list[int] = []
-    steps = ["steps=40", "checkpoint_every=4"]
-    undisturbed, _ = sft(base, "undisturbed", *steps)
+    steps = ["steps=60", "checkpoint_every=5"]
+    undisturbed = alone(base, *steps)
 
     def kill_a_worker() -> None:
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and not killed:
-            ours = [f for f in (root / "workloads-sft").glob("*-disturbed") if len(read_metrics(f)) > 6]
+        while not killed:
+            committed = [*root.glob("workloads-sft/*-disturbed/ray/train/checkpoint_manager_snapshot.json")]
             workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(_line(p))]
-            if ours and list((ours[0] / "ray").rglob(".metadata")) and workers:
+            if committed and workers:
                 workers[-1].kill()
                 killed.append(workers[-1].pid)
-            time.sleep(0.05)
+            time.sleep(0.02)
 
-    killer = threading.Thread(target=kill_a_worker, daemon=True)
-    killer.start()
+    threading.Thread(target=kill_a_worker, daemon=True).start()
     folder, summary = sft(base, "disturbed", *steps)
     assert killed
-    assert summary["resumed_from"] >= 4
-    assert losses(folder) == pytest.approx(losses(undisturbed), abs=1e-5)
+    assert summary["resumed_from"] >= 5
+    assert losses(folder) == pytest.approx(undisturbed, abs=1e-5)
 
 
 def _line(process: psutil.Process) -> list[str]:
