@@ -35,9 +35,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def command(module: Any, schema: type[Config], overrides: list[str], name: str) -> tuple[Path, dict[str, Any]]:
+def command(
+    module: Any, schema: type[Config], overrides: list[str], name: str, file: Path | None = None
+) -> tuple[Path, dict[str, Any]]:
     """Run a command as the command line does; its folder and summary."""
-    config = load(schema, None, overrides)
+    config = load(schema, file, overrides)
     with open_run(*module.__name__.split("."), config, name=name) as run:
         summary = module.run(config, run)
         finish(run, summary)
@@ -191,16 +193,18 @@ def test_bf16_shards_train_with_an_adapter_in_fp32(base: Path) -> None:
     assert summary["validation_loss"] < 10
 
 
-def test_a_sweep_ends_with_its_best_trial_and_leaves_nothing_behind(base: Path) -> None:
+def test_a_sweep_ends_with_its_best_trial_and_leaves_nothing_behind(base: Path, root: Path) -> None:
+    import ray
     from ray.util.state import list_actors
     from transformers import AutoModelForCausalLM
 
+    space = root / "space.yaml"  # a dotted key of the space is one key: only a file can say so
+    space.write_text("space:\n  learning_rate: {loguniform: [0.0001, 0.1]}\n  adapter.rank: {choice: [2, 4]}\n")
     shared = [f"config.{item}" for item in SFT if not item.startswith("validate_every")]
     folder, summary = command(
         tune.sweep, tune.sweep.SweepConfig,
-        [f"config.base={json.dumps(str(base))}", *shared, "config.validate_every=2", "scheduler.grace_steps=2",
-         "space.learning_rate.loguniform=[0.0001, 0.1]", "space.adapter.rank.choice=[2, 4]"],
-        "sweep",
+        [f"config.base={json.dumps(str(base))}", *shared, "config.validate_every=2", "scheduler.grace_steps=2"],
+        "sweep", space,
     )  # fmt: skip
     assert summary["trials"] == 4
     assert summary["finished"] + summary["stopped_early"] == 4
@@ -208,7 +212,8 @@ def test_a_sweep_ends_with_its_best_trial_and_leaves_nothing_behind(base: Path) 
     assert AutoModelForCausalLM.from_pretrained(best / "merged").num_parameters() > 0
     again = load(workloads.sft.SftConfig, best / "config.yaml")
     assert (again.learning_rate, again.adapter.rank) == (summary["best_learning_rate"], summary["best_adapter.rank"])
-    assert not [a for a in list_actors(filters=[("state", "=", "ALIVE")]) if "ImplicitFunc" in a.class_name]
+    alive = list_actors(ray.get_runtime_context().gcs_address, filters=[("state", "=", "ALIVE")])
+    assert not [actor.class_name for actor in alive if "sft_trial" in actor.class_name or "Func" in actor.class_name]
 
 
 def test_a_model_is_not_better_than_itself(base: Path) -> None:
