@@ -1,4 +1,4 @@
-"""Text to pretrain on: records of molecules, then documents, packed into blocks of one length.
+"""Text to pretrain on: records of molecules, then documents, each a sequence of its own.
 
 A record states what RDKit computes about a molecule, in an order drawn anew each time:
 
@@ -60,9 +60,14 @@ def read_documents(folder: Path, *, limit: int, characters: int) -> list[str]:
     return texts[:limit]
 
 
-def pack(texts: Iterable[str], tokenizer: Any, block: int) -> list[list[int]]:
-    """Token ids of all texts, each ended by the end token, cut into blocks of ``block`` ids; the rest is dropped."""
-    ids: list[int] = []
+def sequences(texts: Iterable[str], tokenizer: Any, limit: int) -> list[list[int]]:
+    """Token ids of each text and its end token, in pieces of at most ``limit``.
+
+    Texts do not share a sequence: without a mask between them a small model spends its attention on telling one
+    molecule from the one before it.
+    """
+    pieces: list[list[int]] = []
     for encoded in tokenizer(list(texts), add_special_tokens=False).input_ids:
-        ids += [*encoded, tokenizer.eos_token_id]
-    return [ids[start : start + block] for start in range(0, len(ids) - block + 1, block)]
+        ids = [*encoded, tokenizer.eos_token_id]
+        pieces += [ids[start : start + limit] for start in range(0, len(ids), limit)]
+    return [piece for piece in pieces if len(piece) > 1]

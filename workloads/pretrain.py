@@ -44,7 +44,9 @@ class PretrainConfig(TrainingConfig):
 
     model: ArchitectureConfig = Field(ArchitectureConfig(), description="sizes of the model")
     vocabulary: int = Field(1024, ge=300, description="tokens of the tokenizer, bytes and special ones included")
-    block: int = Field(256, ge=16, description="tokens in a training sequence")
+    max_length: int = Field(
+        256, ge=16, description="tokens of a training sequence at most; longer texts are cut into pieces"
+    )
     documents: InputPath | None = Field(
         None, description="Parquet (text, keep) of a data audit run; none: chemistry only"
     )
@@ -65,13 +67,13 @@ def run(config: PretrainConfig, run: Run) -> Summary:
 
     model = run.artifact("model")
     corpus = build_corpus(config, run, model)
-    run.say(f"training {config.steps} steps of {config.batch_size * config.block:,} tokens")
+    run.say(f"training {config.steps} steps of {config.batch_size} sequences")
     done = fit(pretrain_worker, {"config": config, **corpus["files"], "result": str(model)}, config, run)
     write_json(model / "chemistry_split.json", {"split_seed": config.split_seed})
     report(config, run, corpus["facts"], done)
     return {
         "parameters": done["parameters"],
-        "tokens": config.steps * config.batch_size * config.block,
+        "tokens": done["tokens"],
         "tokens_per_second": done["tokens_per_second"],
         "loss": done["train"][-1][1],
         "validation_loss": done["validation"][-1][1],

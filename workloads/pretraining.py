@@ -10,27 +10,24 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from workbench.errors import UserError
 from workbench.runs import Run
 from workloads.chemistry import TASKS, answers, load_molecules, split_by_scaffold
-from workloads.corpus import molecule_records, pack, read_documents
+from workloads.corpus import molecule_records, read_documents, sequences
 from workloads.pretrain import PretrainConfig
 from workloads.tokenizer import train_tokenizer
 from workloads.training.fsdp import full_state, shard
 from workloads.training.loop import Batches, Row, train
 from workloads.training.ray_train import WorkerEvents, device_of
 
-RECORD_TOKENS = 86
-"""Mean length of a record with the default tokenizer: how many copies of the molecules the steps can use."""
-VALIDATION_BLOCKS = 32
+VALIDATION_SEQUENCES = 96
 
 
 def build_corpus(config: PretrainConfig, run: Run, model: Path) -> dict[str, Any]:
-    """Train the tokenizer into ``model`` and write the packed blocks; returns their files and the corpus' facts."""
+    """Train the tokenizer into ``model`` and write the sequences; returns their files and the corpus' facts."""
     molecules, _ = load_molecules()
     split = split_by_scaffold(molecules, seed=config.split_seed)
-    wanted = config.steps * config.batch_size * config.block
-    copies = config.chemistry_copies or max(1, math.ceil(wanted / RECORD_TOKENS / len(split["train"])))
+    wanted = config.steps * config.batch_size
+    copies = config.chemistry_copies or max(1, math.ceil(wanted / len(split["train"])))
     run.say(f"writing {copies} records of each of {len(split['train']):,} molecules")
     records = molecule_records(split["train"], copies=copies, randomised=config.randomised, seed=config.seed)
     held_out = molecule_records(split["validation"], copies=1, seed=config.seed)
@@ -49,22 +46,23 @@ def build_corpus(config: PretrainConfig, run: Run, model: Path) -> dict[str, Any
     tokenizer.save_pretrained(str(model))
     texts = records + documents
     random.Random(f"order {config.seed}").shuffle(texts)
-    blocks = {"train": pack(texts, tokenizer, config.block), "validation": pack(held_out, tokenizer, config.block)}
-    if not blocks["train"] or not blocks["validation"]:
-        raise UserError(f"the corpus fills no block of {config.block} tokens: lower block")
+    rows = {
+        "train": sequences(texts, tokenizer, config.max_length),
+        "validation": sequences(held_out, tokenizer, config.max_length)[:VALIDATION_SEQUENCES],
+    }
     run.artifact("record.txt").write_text(records[0])
     files = {}
-    for part, rows in blocks.items():
-        files[part] = str(run.artifact(f"{part}.npy"))
-        np.save(files[part], np.array(rows[: VALIDATION_BLOCKS if part == "validation" else None], dtype=np.int32))
-    used = len(blocks["train"]) * config.block
+    for part, ids in rows.items():
+        files[part] = str(run.artifact(f"{part}.npz"))
+        np.savez(files[part], ids=np.concatenate(ids).astype(np.int32), lengths=[len(piece) for piece in ids])
     facts = {
         "training molecules": len(split["train"]),
         "records of each": copies,
         "records": len(records),
         "documents": len(documents),
-        "tokens": used,
-        "passes over them": round(wanted / used, 2),
+        "sequences": len(rows["train"]),
+        "tokens": sum(map(len, rows["train"])),
+        "passes over them": round(wanted / len(rows["train"]), 2),
         "vocabulary": len(tokenizer),
     }
     run.input("corpus", path=Path(files["train"]), **facts)
@@ -80,8 +78,7 @@ def pretrain_worker(payload: dict[str, Any]) -> dict[str, Any]:
     config: PretrainConfig = payload["config"]
     rank = ray.train.get_context().get_world_rank()
     device = device_of(config)
-    blocks = {part: np.load(payload[part]).tolist() for part in ("train", "validation")}
-    rows = {part: [Row(ids, ids) for ids in ids_NT] for part, ids_NT in blocks.items()}
+    rows = {part: [Row(ids, ids) for ids in read_sequences(payload[part])] for part in ("train", "validation")}
     tokenizer = AutoTokenizer.from_pretrained(payload["result"])
 
     torch.manual_seed(config.seed)  # the same new weights on every rank
@@ -92,12 +89,13 @@ def pretrain_worker(payload: dict[str, Any]) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
     )
+    batches = Batches(rows["train"], config.batch_size, config.seed)
     events = WorkerEvents(Path(payload["run_folder"]), rank)
     start = events.resume(model, optimizer)
     begun = time.monotonic()
     history = train(
         model,
-        Batches(rows["train"], config.batch_size, config.seed),
+        batches,
         config,
         validation=rows["validation"],
         events=events,
@@ -106,6 +104,7 @@ def pretrain_worker(payload: dict[str, Any]) -> dict[str, Any]:
     )
     seconds = time.monotonic() - begun
     events.close()
+    tokens = sum(len(row.ids) for step in range(start, config.steps) for row in batches[step])
     state = full_state(model)  # collective
     samples = []
     if rank == 0:
@@ -116,8 +115,14 @@ def pretrain_worker(payload: dict[str, Any]) -> dict[str, Any]:
         samples = write_samples(whole, tokenizer, payload["samples"])
     return {
         "train": history.train, "validation": history.validation, "parameters": parameters, "resumed_from": start,
-        "tokens_per_second": (config.steps - start) * config.batch_size * config.block / seconds, "samples": samples,
+        "tokens": tokens, "tokens_per_second": tokens / seconds, "samples": samples,
     }  # fmt: skip
+
+
+def read_sequences(file: str) -> list[list[int]]:
+    """What ``build_corpus`` wrote: the ids of each sequence."""
+    arrays = np.load(file)
+    return [piece.tolist() for piece in np.split(arrays["ids"], np.cumsum(arrays["lengths"])[:-1])]
 
 
 def llama_config(config: PretrainConfig, tokenizer: Any) -> LlamaConfig:

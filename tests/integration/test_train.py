@@ -49,7 +49,7 @@ def command(
 @pytest.fixture(scope="module")
 def base(root: Path, ray_session: None) -> Path:
     """A tiny pretrained model, made by two workers from chemistry alone."""
-    sizes = ["model.hidden_size=64", "model.layers=2", "model.mlp_size=64", "vocabulary=400", "block=64"]
+    sizes = ["model.hidden_size=64", "model.layers=2", "model.mlp_size=64", "vocabulary=400", "max_length=64"]
     folder, summary = command(
         workloads.pretrain, workloads.pretrain.PretrainConfig,
         [*sizes, *TINY, "steps=20", "batch_size=4", "learning_rate=0.01", "chemistry_copies=1", "checkpoint_every=0"],

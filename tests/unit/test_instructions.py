@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from workbench.errors import UserError
-from workloads.corpus import molecule_records, pack, read_documents
+from workloads.corpus import molecule_records, read_documents, sequences
 from workloads.instructions import (
     SPLIT_FILE,
     encode,
@@ -110,10 +110,12 @@ def test_a_record_states_the_answers_of_its_molecule() -> None:
         assert stated == answers("CCO")
 
 
-def test_packing_keeps_every_token_in_order_but_the_last_part_of_a_block(tokenizer: Any) -> None:
-    blocks = pack(TEXTS, tokenizer, 16)
-    whole = [i for text in TEXTS for i in [*tokenizer(text).input_ids, tokenizer.eos_token_id]]
-    assert [i for block in blocks for i in block] == whole[: len(whole) // 16 * 16]
+def test_each_text_is_a_sequence_of_its_own_and_long_ones_are_cut(tokenizer: Any) -> None:
+    whole = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in TEXTS]
+    pieces = sequences(TEXTS, tokenizer, 16)
+    assert max(map(len, pieces)) <= 16
+    assert [i for piece in pieces for i in piece] == [i for ids in whole for i in ids]
+    assert sequences(TEXTS, tokenizer, 10_000) == whole
 
 
 def test_documents_are_those_that_the_audit_kept(tmp_path: Path) -> None:
