@@ -238,7 +238,11 @@ def answers(smiles: str) -> dict[str, str]:
 
 
 def instruction_rows(molecules: Sequence[Molecule], *, seed: int) -> list[dict[str, str]]:
-    """One row per molecule and task, phrased by a draw from ``seed``: instruction, input, output, task, smiles."""
+    """One row per molecule and task, phrased by a draw from ``seed``: instruction, input, output, task, smiles.
+
+    The output names the property before its value, ``rings: 2``: said in the words that pretraining used, it takes
+    fine-tuning a fraction of the steps.
+    """
     draw = random.Random(f"phrasing {seed}")
     rows = []
     for molecule in molecules:
@@ -248,7 +252,7 @@ def instruction_rows(molecules: Sequence[Molecule], *, seed: int) -> list[dict[s
                 {
                     "instruction": draw.choice(task.phrasings),
                     "input": molecule.smiles,
-                    "output": truth[task.name],
+                    "output": f"{task.name}: {truth[task.name]}",
                     "task": task.name,
                     "smiles": molecule.smiles,
                 }

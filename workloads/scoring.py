@@ -21,7 +21,7 @@ def partial_credit(task: str, answer: str, truth: str) -> float:
 
 
 def _as_set(text: str) -> set[str]:
-    return {part.strip() for part in text.split(",") if part.strip()}
+    return {part.strip() for part in text.removeprefix("groups:").split(",") if part.strip()}
 
 
 def wilson(right: int, total: int, z: float = 1.96) -> Interval:
