@@ -76,7 +76,7 @@ class Demo:
         began = time.time()
         port = _port_to_serve() if stage.live else PORT
         for step in stage.steps:
-            fingerprint = fingerprint_of(self._arguments(step))
+            fingerprint = self._fingerprint(step)
             argv = self._arguments(step, port)
             folder = None if stage.live else self._finished.get(fingerprint)
             if folder is None:
@@ -107,12 +107,17 @@ class Demo:
         """Take all steps of the stage from earlier runs, or none."""
         before = dict(self.results)
         for step in stage.steps:
-            folder = self._finished.get(fingerprint_of(self._arguments(step)))
+            folder = self._finished.get(self._fingerprint(step))
             if folder is None:
                 self.results = before
                 return False
             self.results[step.key] = folder
         return True
+
+    def _fingerprint(self, step: Step) -> str:
+        """Of the arguments, and of the collection's maker where the step searches it."""
+        after = [str(self.results["embed"])] if step.searches and "embed" in self.results else []
+        return fingerprint_of([*self._arguments(step), *after])
 
     def _arguments(self, step: Step, port: int = PORT) -> list[str]:
         """The step's arguments, with earlier runs as ``runs/...`` paths, so that they can be typed as they are."""

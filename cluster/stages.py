@@ -16,11 +16,13 @@ ENDPOINT = "base_url=http://127.0.0.1:{port}/v1"
 
 @dataclass(frozen=True)
 class Step:
-    """One command of a stage. ``key`` names its run for later stages; ``seeded`` passes the demo's seed on."""
+    """One command of a stage. ``key`` names its run for later stages; ``seeded`` passes the demo's seed on, and a step
+    that ``searches`` is redone when the collection was."""
 
     key: str
     command: list[str]
     seeded: bool = False
+    searches: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def stages() -> list[Stage]:
             "Embed",
             [
                 Step("embed", ["data", "embed", "configs/demo/embed.yaml", "documents={audit}/artifacts/documents"]),
-                Step("search", ["data", "search", "configs/demo/search.yaml", QUESTION]),
+                Step("search", ["data", "search", "configs/demo/search.yaml", QUESTION], searches=True),
             ],
         ),
         Stage(
@@ -99,10 +101,10 @@ def stages() -> list[Stage]:
                         "port={port}",
                     ],
                 ),
-                Step("ask", ["serve", "ask", "configs/demo/ask.yaml", ENDPOINT, QUESTION]),
+                Step("ask", ["serve", "ask", "configs/demo/ask.yaml", ENDPOINT, QUESTION], searches=True),
                 Step(
                     "loadtest",
-                    ["serve", "loadtest", "configs/demo/loadtest.yaml", "prompts={sft}/artifacts/test.jsonl"],
+                    ["serve", "loadtest", "configs/demo/loadtest.yaml", ENDPOINT, "prompts={sft}/artifacts/test.jsonl"],
                 ),
                 Step("down", ["serve", "down"]),
             ],

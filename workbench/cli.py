@@ -64,11 +64,11 @@ GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
 
 NEXT_LINES = """
 next, for example:
-  workbench data search configs/demo/search.yaml "how do I limit the memory of a dataset"
-  workbench runs list
-  workbench serve up configs/demo/serve.yaml
-  workbench cluster local          (then, in another terminal:)
-  workbench submit -- data audit configs/demo/audit.yaml"""
+  .venv/bin/workbench data search configs/demo/search.yaml "how do I limit the memory of a dataset"
+  .venv/bin/workbench runs list
+  .venv/bin/workbench serve up configs/demo/serve.yaml
+  .venv/bin/workbench cluster local          (then, in another terminal:)
+  .venv/bin/workbench submit -- data audit configs/demo/audit.yaml"""
 
 RECORDER = "profiling.recorder"
 """What ``--profile`` samples the hosts with."""

@@ -67,7 +67,10 @@ class Config(BaseModel):
 def resolve_path(path: Path) -> Path:
     """An absolute path: ``runs/...`` is under the runs root, ``runs/GROUP-COMMAND/latest/...`` its newest
     finished run, anything else is relative to the current folder. Need not exist."""
-    path = path.expanduser()
+    try:
+        path = path.expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path}: there is no such user's home") from None
     if path.is_absolute():
         return path
     if path.parts[:1] != ("runs",):
@@ -162,7 +165,9 @@ def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
     try:
         node = yaml.compose(text, Loader=_Loader)
         data = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+        lines: dict[str, int] = {}
+        _collect_lines(node, "", lines, file)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{file}:{mark.line + 1}" if mark else str(file)
         raise UserError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
@@ -170,8 +175,6 @@ def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
         return {}, {}
     if not isinstance(data, dict):
         raise UserError(f"{file}:1: a config is a mapping of keys to values, this is a {type(data).__name__}")
-    lines: dict[str, int] = {}
-    _collect_lines(node, "", lines, file)
     return data, lines
 
 
@@ -196,7 +199,7 @@ def _parse_override(override: str) -> tuple[str, Any]:
         raise UserError(f"'{override}' is not an override: write key=value, for example batch_size=64")
     try:
         return key.strip(), yaml.load(text, Loader=_Loader) if text else ""
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"override '{override}': the value is not valid YAML: {error}") from None
 
 

@@ -192,7 +192,7 @@ def prunable(keep: int | None, older_than_days: float | None, kind: str | None) 
     for folders in kinds.values():
         states = {folder: state_of(folder) for folder in folders}
         newest = next((folder for folder in reversed(folders) if states[folder] == "finished"), None)
-        old = folders[: len(folders) - keep] if keep else folders
+        old = folders[: max(0, len(folders) - keep)] if keep else folders
         for folder in old:
             if folder == newest or states[folder] == "running":
                 continue

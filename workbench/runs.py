@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -129,7 +130,7 @@ def open_run(
         host=socket.gethostname(), progress="",
     )  # fmt: skip
     begun = time.monotonic()
-    state, detail = "failed", ""
+    state, detail, refused = "failed", "", False
     try:
         yield run
         state = "finished"
@@ -137,10 +138,13 @@ def open_run(
         state = "interrupted"
         detail = type(stop).__name__
         raise
+    except UserError:
+        refused = not (folder / "artifacts").exists()
+        detail = "refused"
+        raise
     except BaseException as error:
         detail = str(error) or type(error).__name__
-        if not isinstance(error, UserError):
-            write_atomic(folder / "error.txt", traceback.format_exc())
+        write_atomic(folder / "error.txt", traceback.format_exc())
         raise
     finally:
         run._write_status(
@@ -148,6 +152,8 @@ def open_run(
             seconds=round(time.monotonic() - begun, 1),
         )  # fmt: skip
         run.tracker.close()
+        if refused:  # the user's mistake, found before any work: nothing is kept of it
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def finish(run: Run, summary: Mapping[str, Any]) -> None:

@@ -116,6 +116,8 @@ def reproduce(
     recorded = Record.read(resolve_run(run))
     if state_of(recorded.folder) != "finished":
         raise UserError(f"{recorded.id} is {state_of(recorded.folder)}: only a finished run has figures to reproduce")
+    if recorded.status["command"] == "workbench demo":
+        raise UserError(f"repeat a demo with: workbench demo --fresh --seed {recorded.config.get('seed', 17)}")
     warnings = changes_since(recorded)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
