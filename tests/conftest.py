@@ -1,4 +1,4 @@
-"""Shared fixtures: a runs root of the test's own, and one local Ray for the whole session."""
+"""Shared fixtures: a runs root of the test's own, and one local Ray for all tests."""
 
 import atexit
 import os
@@ -27,7 +27,7 @@ def runs_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """A local Ray with token auth, started once and stopped with the session."""
+    """A local Ray with token auth, started once and stopped after the last test."""
     from workbench.session import connect
 
     with connect():
