@@ -133,6 +133,7 @@ def connect() -> Iterator[bool]:
         yield False
         return
     os.environ.update({key: os.environ.get(key, value) for key, value in QUIET.items()})
+    os.environ.pop("RAY_API_SERVER_ADDRESS", None)  # Ray would ask that cluster's State API about this one's actors
     address = os.environ.get("RAY_ADDRESS")
     if not address and (local := local_cluster()) is not None and local.token_file is not None:
         _use_token(local.token_file)
