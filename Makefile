@@ -8,6 +8,12 @@ export PYTHON EXTRA TORCH_INDEX
 
 .PHONY: demo test install lint clean
 
+ifneq ($(EXTRA),)
+ifneq ($(EXTRA),$(shell cat .venv/extra 2>/dev/null))
+$(shell rm -f .venv/installed .venv/installed-dev)
+endif
+endif
+
 demo: .venv/installed
 	$(RUN) workbench demo $(ARGS)
 
@@ -21,11 +27,11 @@ lint: .venv/installed-dev
 
 install: .venv/installed
 
-.venv/installed: pyproject.toml constraints.txt install.sh
+.venv/installed: pyproject.toml constraints.txt constraints-cuda.txt install.sh
 	./install.sh
 	touch $@
 
-.venv/installed-dev: pyproject.toml constraints.txt install.sh
+.venv/installed-dev: pyproject.toml constraints.txt constraints-cuda.txt install.sh
 	./install.sh dev
 	touch .venv/installed $@
 

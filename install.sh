@@ -14,14 +14,15 @@ PYTORCH_INDEX="https://download.pytorch.org/whl/cpu"
 fail() { echo "install: $*" >&2; exit 1; }
 
 find_python() {
-    local candidate
-    for candidate in ${PYTHON:+"$PYTHON"} python3.11 python3.12 python3.13 python3; do
+    local candidate candidates=(python3.11 python3.12 python3.13 python3)
+    [ -n "${PYTHON:-}" ] && candidates=("$PYTHON")
+    for candidate in "${candidates[@]}"; do
         if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    fail "no Python 3.11, 3.12 or 3.13 was found; set PYTHON=/path/to/python3.11"
+    fail "${PYTHON:+PYTHON=$PYTHON: }no Python 3.11, 3.12 or 3.13 was found; set PYTHON=/path/to/python3.11"
 }
 
 choose_extra() {
@@ -32,7 +33,7 @@ choose_extra() {
 }
 
 offers_cpu_torch() { # INDEX OPTION...
-    .venv/bin/python -m pip index versions torch "$@" 2>/dev/null | grep -qF "$TORCH_CPU"
+    .venv/bin/python -m pip index versions torch "$@" 2>>.venv/install.log | grep -qF "$TORCH_CPU"
 }
 
 choose_torch_index() {
@@ -45,6 +46,7 @@ choose_torch_index() {
     elif offers_cpu_torch --extra-index-url "$PYTORCH_INDEX"; then
         echo "$PYTORCH_INDEX"
     else
+        grep -iE 'error|connect' .venv/install.log | tail -n 2 >&2
         fail "neither pip's index nor $PYTORCH_INDEX has torch $TORCH_CPU; set TORCH_INDEX=URL of one that has it"
     fi
 }
@@ -61,13 +63,15 @@ extras=()
 requirement=".${extras[*]:+[$(IFS=,; echo "${extras[*]}")]}"
 
 options=(--constraint constraints.txt)
+[ "$extra" = cuda ] && options=(--constraint constraints-cuda.txt)
+: >.venv/install.log
 if [ "$extra" = cpu ]; then
     index="$(choose_torch_index)"
     [ -n "$index" ] && options+=(--extra-index-url "$index")
 fi
 
 echo "install: $requirement with $("$python" --version), about 5 GB; see .venv/install.log" >&2
-if ! .venv/bin/python -m pip install "${options[@]}" --editable "$requirement" >.venv/install.log 2>&1; then
+if ! .venv/bin/python -m pip install "${options[@]}" --editable "$requirement" >>.venv/install.log 2>&1; then
     tail -n 15 .venv/install.log >&2
     fail "pip did not succeed; the whole log is in .venv/install.log"
 fi

@@ -5,9 +5,11 @@ all the texts. Everything is ordered by document id, so the same input gives the
 however the blocks arrive.
 """
 
+import difflib
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +57,21 @@ class AuditConfig(Config):
         return region
 
 
+@dataclass(frozen=True)
+class Opened:
+    """The files to read, whether every node of a cluster sees them, and what is recorded of them as an input."""
+
+    items: "Sequence[Item]"
+    shared: bool
+    name: str
+    facts: dict[str, Any]
+
+
+def check(config: AuditConfig) -> None:
+    """Raise UserError where there is nothing to read."""
+    open_source(config)
+
+
 def run(config: AuditConfig, run: Run) -> Summary:
     """Write ``artifacts/documents/`` (Parquet, ``keep`` true for what survives) and ``artifacts/quarantine.parquet``.
 
@@ -63,12 +80,14 @@ def run(config: AuditConfig, run: Run) -> Summary:
     from data_pipelines.audit_report import describe
     from data_pipelines.corpus import Corpus
 
-    items, shared = open_source(config, run)
+    source = open_source(config)
+    items = source.items
+    run.input(source.name, **source.facts)
     run.say(f"reading {len(items):,} files ({sum(item.size for item in items) / 1e6:,.0f} MB)")
     began = time.monotonic()
     corpus = Corpus(run.artifact("documents"), run.artifact("quarantine.parquet"))
     with corpus:
-        _measure(config, items, shared, corpus, run)
+        _measure(config, source, corpus, run)
         measured = time.monotonic()
         run.say(f"looking for duplicates among {corpus.rows:,} documents")
         corpus.find_duplicates(config.threshold)
@@ -101,29 +120,24 @@ def run(config: AuditConfig, run: Run) -> Summary:
     return summary
 
 
-def open_source(config: AuditConfig, run: Run) -> "tuple[Sequence[Item], bool]":
-    """The files to read, and whether every node of a cluster sees them. Records them as the run's input.
-
-    Raises UserError if there are none, or a column is missing.
-    """
+def open_source(config: AuditConfig) -> Opened:
+    """What ``config`` names. Raises UserError if there are no files, or a column is missing."""
     from workbench.config import runs_root
 
     if config.source == INSTALLED:
-        return _installed(config, run), False
+        return _installed(config)
     from data_pipelines.textfiles import Columns, text_files
 
     path = resolve_path(Path(config.source))
     if not path.exists():
-        raise UserError(f"source: no such file or folder: {path}; give a path, or '{INSTALLED}'")
+        near = difflib.get_close_matches(config.source, [INSTALLED], 1)
+        hint = f"did you mean '{near[0]}'?" if near else f"give a path, or '{INSTALLED}'"
+        raise UserError(f"source: no such file or folder: {path}; {hint}")
     columns = Columns(config.text_column, config.title_column, config.source_column)
-    files = text_files(path, columns)
-    run.input("documents", path=path)
-    return files, path.is_relative_to(runs_root())
+    return Opened(text_files(path, columns), path.is_relative_to(runs_root()), "documents", {"path": path})
 
 
-def _installed(config: AuditConfig, run: Run) -> "Sequence[Item]":
-    import difflib
-
+def _installed(config: AuditConfig) -> Opened:
     from data_pipelines.docstrings import installed_modules, normal_name, site_packages
 
     modules = installed_modules(site_packages())
@@ -135,18 +149,18 @@ def _installed(config: AuditConfig, run: Run) -> "Sequence[Item]":
             raise UserError(f"packages: '{name}' is not installed in this environment{hint}")
     only, without = set(map(normal_name, config.packages)), set(map(normal_name, config.skip_packages))
     chosen = [m for m in modules if (not only or m.package in only) and m.package not in without]
-    run.input(INSTALLED, packages={name: present[name] for name in sorted({m.package for m in chosen})})
-    return chosen
+    versions = {name: present[name] for name in sorted({m.package for m in chosen})}
+    return Opened(chosen, False, INSTALLED, {"packages": versions})
 
 
-def _measure(config: AuditConfig, items: "Sequence[Item]", shared: bool, corpus: Any, run: Run) -> None:
+def _measure(config: AuditConfig, opened: Opened, corpus: Any, run: Run) -> None:
     import ray
 
     from data_pipelines.measure import measure
     from data_pipelines.sources import DocumentSource, quiet_progress, split_evenly
 
     quiet_progress()
-    source = DocumentSource(split_evenly(items, config.blocks), shared=shared)
+    source = DocumentSource(split_evenly(opened.items, config.blocks), shared=opened.shared)
     dataset = ray.data.read_datasource(
         source, override_num_blocks=source.tasks, num_cpus=config.cpus_per_task
     ).map_batches(

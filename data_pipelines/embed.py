@@ -21,6 +21,7 @@ from workbench.runs import Run, Summary
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.dataset as ds
 
 
 class IndexConfig(Config):
@@ -57,6 +58,12 @@ class EmbedConfig(Config):
     workers: int = Field(default=2, ge=1, description="copies of the model at work")
     cpus_per_worker: float = Field(default=1, gt=0, description="CPUs (and threads) of each")
     gpus_per_worker: float = Field(default=0, ge=0, description="GPUs of each")
+
+
+def check(config: EmbedConfig) -> None:
+    """Raise UserError for documents without the needed columns, and for a model that is not to be had."""
+    open_documents(config)
+    locate_model(config.model)
 
 
 def run(config: EmbedConfig, run: Run) -> Summary:
@@ -152,11 +159,8 @@ def check_resources(config: EmbedConfig) -> None:
             )
 
 
-def select(config: EmbedConfig) -> tuple[dict[str, int], int]:
-    """The documents to embed, chosen by their columns alone: (content hash by id, bytes of a typical row).
-
-    Raises UserError if a column is missing or nothing is left.
-    """
+def open_documents(config: EmbedConfig) -> "ds.Dataset":
+    """The Parquet files that are named. Raises UserError if they are not Parquet or lack a column."""
     import pyarrow as pa
     import pyarrow.dataset as ds
 
@@ -170,7 +174,16 @@ def select(config: EmbedConfig) -> tuple[dict[str, int], int]:
         raise UserError(
             f"documents: {config.documents} has no column '{lacking[0]}'; it has {', '.join(sorted(names))}"
         )
-    columns = ["id", "text", *sorted({"source", "keep", "words"} & names)]
+    return dataset
+
+
+def select(config: EmbedConfig) -> tuple[dict[str, int], int]:
+    """The documents to embed, chosen by their columns alone: (content hash by id, bytes of a typical row).
+
+    Raises UserError if a column is missing or nothing is left.
+    """
+    dataset = open_documents(config)
+    columns = ["id", "text", *sorted({"source", "keep", "words"} & set(dataset.schema.names))]
     patterns = re.compile("|".join(fnmatch.translate(pattern) for pattern in config.sources))
     chosen: dict[str, int] = {}
     characters = 0

@@ -3,6 +3,7 @@
 from serve.application import remove
 from workbench.config import Config
 from workbench.runs import Run, Summary
+from workbench.session import attach
 
 
 class DownConfig(Config):
@@ -11,6 +12,7 @@ class DownConfig(Config):
 
 def run(config: DownConfig, run: Run) -> Summary:
     """Delete our application, and Serve itself where nothing else uses it."""
-    removed = remove()
+    with attach() as attached:
+        removed = attached and remove()
     run.say("taken down" if removed else "nothing was up")
     return {"removed": removed}

@@ -12,6 +12,7 @@ from serve.up import first_completion
 from workbench.config import Config
 from workbench.errors import Failure
 from workbench.runs import Run, Summary
+from workbench.session import attach
 
 
 class StatusConfig(Config):
@@ -23,9 +24,10 @@ class StatusConfig(Config):
 
 def run(config: StatusConfig, run: Run) -> Summary:
     """One line a model: its replicas, and the seconds a completion of one token took or why there was none."""
-    application, listening = deployed(), address()
+    with attach() as attached:
+        application, listening = (deployed(), address()) if attached else (None, None)
     if application is None or listening is None:
-        run.say("nothing is served by this checkout on this cluster")
+        run.say("nothing is served by this checkout on this cluster" if attached else "no cluster runs here")
         return {"status": "down"}
     base_url = f"http://{listening[0]}:{listening[1]}{application.route_prefix.rstrip('/')}/v1"
     key = client_key(config.api_key_file)

@@ -48,6 +48,13 @@ class ServeConfig(Config):
         return models
 
 
+def check(config: ServeConfig) -> None:
+    """Raise UserError where vLLM is not installed, or does not know an argument."""
+    if (reason := available()) is not None:
+        raise UserError(reason)
+    check_engine_arguments(config.models)
+
+
 def run(config: ServeConfig, run: Run) -> Summary:
     """Deploy, wait for a completion of every model, and stay or leave.
 
@@ -55,12 +62,10 @@ def run(config: ServeConfig, run: Run) -> Summary:
     """
     import ray
 
-    if (reason := available()) is not None:
-        raise UserError(reason)
+    check(config)
     begun = time.monotonic()
     key_file = config.api_key_file or default_key_file()
     key = make_key(key_file)
-    check_engine_arguments(config.models)
     device = _devices(config.models, ray.cluster_resources())
     if (before := deployed()) is not None:
         if not config.replace:

@@ -16,12 +16,12 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+import workloads.sft
 from tune.space import Range, at_point, check_space
 from workbench.config import Config, dump
 from workbench.errors import Failure
 from workbench.files import write_atomic
 from workbench.runs import Run, Summary
-from workloads.instructions import refuse_other_split
 from workloads.sft import SftConfig, prepare, write_merged
 
 
@@ -62,13 +62,18 @@ class SweepConfig(Config):
         return self
 
 
+def check(config: SweepConfig) -> None:
+    """Raise UserError for a space that the workload does not have, and for what the workload refuses."""
+    check_space(config.config, config.space)
+    workloads.sft.check(config.config)
+
+
 def run(config: SweepConfig, run: Run) -> Summary:
     """Check the space, prepare the rows once, run the trials, keep the best, and report."""
     from workloads.training.ray_train import check_placement
 
-    check_space(config.config, config.space)
+    check(config)
     check_placement(config.config)
-    refuse_other_split(config.config.base, config.config.data, config.config.split_seed)
     facts = prepare(config.config, run)
     trials = run_trials(config, run)
     finished = [trial for trial in trials if (Path(trial["folder"]) / "adapter_config.json").is_file()]

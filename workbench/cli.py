@@ -45,8 +45,8 @@ GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
         "Models behind OpenAI-compatible endpoints.",
         {
             "up": Command("serve.up", "Deploy models with vLLM under Ray Serve and wait for a real completion."),
-            "status": Command("serve.status", "Show what is deployed and whether it answers."),
-            "down": Command("serve.down", "Take the deployment down."),
+            "status": Command("serve.status", "Show what is deployed and whether it answers.", ray=False),
+            "down": Command("serve.down", "Take the deployment down.", ray=False),
             "ask": Command(
                 "serve.ask", "Answer a question from the documents, with sources.", positional="question", ray=False
             ),

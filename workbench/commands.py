@@ -1,4 +1,8 @@
-"""The shape of a command: a config class, a ``run(config, run) -> summary`` and a run folder around it."""
+"""The shape of a command: a config class, a ``run(config, run) -> summary`` and a run folder around it.
+
+A module may also have ``check(config)``: it raises UserError for what a look at the disk or the hub shows to be wrong,
+and is called before there is a run folder or a Ray session.
+"""
 
 import importlib
 import json
@@ -48,7 +52,7 @@ def parse_arguments(command: Command, arguments: Sequence[str]) -> tuple[Path | 
     overrides: list[str] = []
     text: list[str] = []
     for argument in arguments:
-        if OVERRIDE.match(argument):
+        if OVERRIDE.match(argument) and not (command.positional and _is_text(command, argument)):
             overrides.append(argument)
         elif argument.endswith((".yaml", ".yml")):
             if file is not None:
@@ -63,6 +67,12 @@ def parse_arguments(command: Command, arguments: Sequence[str]) -> tuple[Path | 
     return file, overrides
 
 
+def _is_text(command: Command, argument: str) -> bool:
+    """Whether ``argument`` has words after a key that the config lacks: ``lr=0.1 or lower?`` asks, it sets nothing."""
+    key = argument.partition("=")[0].partition(".")[0]
+    return " " in argument.strip() and key not in command.schema().model_fields
+
+
 def execute(group: str, name: str, command: Command, arguments: Sequence[str], *, run_name: str, as_json: bool,
             recorder: str = "") -> None:  # fmt: skip
     """Run one command from its arguments: config, run folder, Ray session, summary, report.
@@ -75,6 +85,8 @@ def execute(group: str, name: str, command: Command, arguments: Sequence[str], *
     module = importlib.import_module(command.module)
     config = load(command.schema(), file, overrides)
     catch_signals()
+    if hasattr(module, "check"):
+        module.check(config)
     argv = [group, name, *arguments]
     begun = time.monotonic()
     # Ray prints what its daemons say on stdout, where --json promises nothing but the summary.

@@ -229,7 +229,7 @@ def latest(kind: str) -> Path:
         if folder.parent.name == kind and state_of(folder) == "finished":
             return folder
     kinds = sorted({folder.parent.name for folder in find_runs()} - {kind})
-    near = difflib.get_close_matches(kind, kinds, 1)
+    near = difflib.get_close_matches(kind, kinds, 1, cutoff=0.8)
     hint = f"did you mean {near[0]}?" if near else f"run: workbench {kind.replace('-', ' ', 1)}"
     raise UserError(f"no finished run of '{kind}' under {runs_root()}; {hint}")
 
@@ -280,7 +280,10 @@ def _new_folder(group: str, command: str, name: str) -> Path:
         raise UserError(f"run name '{name}': use up to 64 letters, digits, '.', '_' and '-'")
     stamp = _now().strftime("%Y%m%dT%H%M%S")
     parent = runs_root() / f"{group}-{command}"
-    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"no run folder can be made at {parent}: {error.strerror}; set WORKBENCH_RUNS_ROOT") from None
     for attempt in range(100):
         suffix = f"-{name}" if name else ""
         folder = parent / f"{stamp}{suffix}{f'.{attempt}' if attempt else ''}"

@@ -104,7 +104,7 @@ def dashboard_address(given: str | None = None) -> ClusterAddress:
     if (local := local_cluster()) is not None:
         return local
     raise UserError(
-        "no cluster to submit to: start one with 'workbench cluster local', "
+        "no cluster is named or runs here: start one with 'workbench cluster local', "
         "or name one with --address http://HOST:8265 or RAY_API_SERVER_ADDRESS"
     )
 
@@ -127,10 +127,24 @@ def hosts() -> list[dict[str, Any]]:
 @contextmanager
 def connect() -> Iterator[bool]:
     """Hold a connection to Ray for the block, yielding whether it is our own; then it ends with it, its files too."""
+    with attach() as attached:
+        if attached:
+            yield False
+            return
+    with _own_ray():
+        yield True
+
+
+@contextmanager
+def attach() -> Iterator[bool]:
+    """Hold a connection to the cluster that is named or kept running, yielding False, at once, if there is none.
+
+    Raises UserError if the named one does not answer.
+    """
     import ray  # heavy, and reads the variables set below
 
     if ray.is_initialized():
-        yield False
+        yield True
         return
     os.environ.update({key: os.environ.get(key, value) for key, value in QUIET.items()})
     os.environ.pop("RAY_API_SERVER_ADDRESS", None)  # Ray would ask that cluster's State API about this one's actors
@@ -144,12 +158,11 @@ def connect() -> Iterator[bool]:
         except ConnectionError as error:
             raise UserError(f"no Ray cluster answers at {address}: {error}") from None
         try:
-            yield False
+            yield True
         finally:
             ray.shutdown()
         return
-    with _own_ray():
-        yield True
+    yield False
 
 
 def _use_token(token_file: Path) -> None:

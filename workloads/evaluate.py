@@ -15,9 +15,9 @@ from pydantic import Field
 from workbench.config import Config
 from workbench.runs import Run, Summary
 from workloads.chemistry import commonest_answers
-from workloads.instructions import Instruction, load_instructions, refuse_other_split, user_message, write_jsonl
+from workloads.instructions import Instruction, load_instructions, read_jsonl, refuse_other_split, user_message, write_jsonl
 from workloads.scoring import is_right, paired_difference, partial_credit, wilson
-from workloads.sources import CHEMISTRY, DataSource, ModelSource
+from workloads.sources import CHEMISTRY, DataSource, ModelSource, check_model
 
 SIDES = ("base", "tuned", "majority")
 
@@ -37,13 +37,21 @@ class EvalConfig(Config):
     seed: int = Field(0, description="which questions are drawn, their phrasing, the bootstrap")
 
 
+def check(config: EvalConfig) -> None:
+    """Raise UserError for a model that is not to be had or has seen the test set, and for unreadable rows."""
+    for name, source in {"base": config.base, "tuned": config.tuned}.items():
+        check_model(name, source)
+        refuse_other_split(source, config.data, config.split_seed)
+    if config.data != CHEMISTRY:
+        read_jsonl([Path(file) for file in config.data])
+
+
 def run(config: EvalConfig, run: Run) -> Summary:
     """Draw the questions, let both models answer as Ray tasks, score, and report."""
     import ray
 
-    for name in ("base", "tuned"):
-        source = getattr(config, name)
-        refuse_other_split(source, config.data, config.split_seed)
+    check(config)
+    for name, source in {"base": config.base, "tuned": config.tuned}.items():
         if Path(source).is_dir():
             run.input(name, path=Path(source))
         else:

@@ -15,8 +15,8 @@ from pydantic import Field, model_validator
 
 from workbench.errors import UserError
 from workbench.runs import Run, Summary
-from workloads.instructions import SPLIT_FILE, load_instructions, refuse_other_split, write_jsonl
-from workloads.sources import CHEMISTRY, DataSource, ModelSource
+from workloads.instructions import SPLIT_FILE, load_instructions, read_jsonl, refuse_other_split, write_jsonl
+from workloads.sources import CHEMISTRY, DataSource, ModelSource, check_model
 from workloads.training.config import AdapterConfig, TrainingConfig
 
 
@@ -39,12 +39,20 @@ class SftConfig(TrainingConfig):
         return self
 
 
+def check(config: SftConfig) -> None:
+    """Raise UserError for a base that is not to be had or has seen the test set, and for unreadable rows."""
+    check_model("base", config.base)
+    refuse_other_split(config.base, config.data, config.split_seed)
+    if config.data != CHEMISTRY:
+        read_jsonl([Path(file) for file in config.data])
+
+
 def run(config: SftConfig, run: Run) -> Summary:
     """Prepare the rows, train on Ray Train workers, merge, and report."""
     from workloads.training.ray_train import check_placement, fit
 
+    check(config)
     check_placement(config)
-    refuse_other_split(config.base, config.data, config.split_seed)
     facts = prepare(config, run)
     from workloads.fine_tune import sft_worker
 

@@ -1,9 +1,9 @@
 """What a training config may name: a model by folder or hub name, and data by "chemistry" or by JSONL files."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Tag, ValidationInfo
 
 from workbench.config import UNVISITED, InputPath, resolve_path
 from workbench.errors import UserError
@@ -24,6 +24,21 @@ def _model(value: str, info: ValidationInfo) -> str:
 ModelSource = Annotated[str, AfterValidator(_model)]
 """A model: a folder that must exist where the text looks like a path, else a hub name, left as it is."""
 
+
+
+def check_model(key: str, source: str) -> None:
+    """Raise UserError where ``source`` is neither a folder nor a model that the hub, or its cache, gives."""
+    if Path(source).is_dir():
+        return
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(source)
+    except Exception as error:  # no network, no such model, no access: all are the same mistake to the user
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{key}: '{source}' is not a folder and the hub did not give it: {reason}") from None
+
+
 CHEMISTRY = "chemistry"
 
 
@@ -38,7 +53,8 @@ def _chemistry_or_files(value: str | list[Path]) -> str | list[Path]:
 
 
 DataSource = Annotated[
-    Annotated[str, Field(pattern="^chemistry$")] | list[InputPath],
+    Annotated[Literal["chemistry"], Tag("name")] | Annotated[list[InputPath], Tag("files")],
+    Discriminator(lambda value: "name" if value == CHEMISTRY else "files"),  # so that errors speak of one of them
     BeforeValidator(_files),
     AfterValidator(_chemistry_or_files),
 ]
