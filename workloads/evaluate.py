@@ -15,7 +15,14 @@ from pydantic import Field
 from workbench.config import Config
 from workbench.runs import Run, Summary
 from workloads.chemistry import commonest_answers
-from workloads.instructions import Instruction, load_instructions, read_jsonl, refuse_other_split, user_message, write_jsonl
+from workloads.instructions import (
+    Instruction,
+    load_instructions,
+    read_jsonl,
+    refuse_other_split,
+    user_message,
+    write_jsonl,
+)
 from workloads.scoring import is_right, paired_difference, partial_credit, wilson
 from workloads.sources import CHEMISTRY, DataSource, ModelSource, check_model
 

@@ -25,7 +25,6 @@ ModelSource = Annotated[str, AfterValidator(_model)]
 """A model: a folder that must exist where the text looks like a path, else a hub name, left as it is."""
 
 
-
 def check_model(key: str, source: str) -> None:
     """Raise UserError where ``source`` is neither a folder nor a model that the hub, or its cache, gives."""
     if Path(source).is_dir():
@@ -39,7 +38,7 @@ def check_model(key: str, source: str) -> None:
         raise UserError(f"{key}: '{source}' is not a folder and the hub did not give it: {reason}") from None
 
 
-CHEMISTRY = "chemistry"
+CHEMISTRY: Literal["chemistry"] = "chemistry"
 
 
 def _files(value: Any) -> Any:
