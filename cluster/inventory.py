@@ -55,6 +55,10 @@ class Host(Config):
     )
     cpus: int | None = Field(default=None, ge=0, description="CPUs to offer; default: all of them")
     cards: list[Card] = Field(default=[], description="its NVIDIA cards, in NVML's order")
+    nccl_p2p: bool = Field(
+        default=True,
+        description="false: its processes get NCCL_P2P_DISABLE=1; 'cluster doctor' says when its cards need it",
+    )
     mps: int = Field(default=0, ge=0, le=1, description="1: offer an Apple GPU as the resource 'mps'")
     labels: dict[str, str] = Field(default={}, description="further Ray node labels")
 

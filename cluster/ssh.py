@@ -12,6 +12,7 @@ import subprocess
 from dataclasses import dataclass, field
 
 from cluster.inventory import Host
+from workbench.config import ssh_options
 from workbench.errors import Failure
 
 CONNECT_SECONDS = 10
@@ -19,10 +20,10 @@ CONNECT_SECONDS = 10
 
 @dataclass(frozen=True)
 class Remote:
-    """A host as ssh reaches it; ``options`` are further arguments of ssh."""
+    """A host as ssh reaches it; ``options`` are further arguments of ssh, ``$WORKBENCH_SSH_OPTIONS`` if not given."""
 
     host: Host
-    options: list[str] = field(default_factory=list)
+    options: list[str] = field(default_factory=ssh_options)
 
     def command(self, script: str) -> list[str]:
         """The ssh command line that runs ``script`` in the remote login shell."""

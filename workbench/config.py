@@ -8,6 +8,7 @@ This module and ``session.py`` are the only two that read environment variables.
 import difflib
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
@@ -22,6 +23,7 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 RUNS_ROOT_VARIABLE = "WORKBENCH_RUNS_ROOT"
 COMMIT_VARIABLE = "WORKBENCH_GIT_COMMIT"
 CLEAN_VARIABLE = "WORKBENCH_GIT_CLEAN"
+SSH_OPTIONS_VARIABLE = "WORKBENCH_SSH_OPTIONS"
 
 
 def runs_root() -> Path:
@@ -56,6 +58,16 @@ def submitted_commit() -> tuple[str, bool] | None:
     """The git commit and cleanness that ``workbench submit`` passed to this job, or None outside one."""
     commit = os.environ.get(COMMIT_VARIABLE)
     return (commit, os.environ.get(CLEAN_VARIABLE) == "1") if commit else None
+
+
+def ssh_options() -> list[str]:
+    """Further arguments of every ssh: ``$WORKBENCH_SSH_OPTIONS``, split as a shell would, for example
+    ``-F lab/ssh_config``. Raises UserError for a quote that is not closed."""
+    given = os.environ.get(SSH_OPTIONS_VARIABLE, "")
+    try:
+        return shlex.split(given)
+    except ValueError as error:
+        raise UserError(f"{SSH_OPTIONS_VARIABLE}={given}: {error}") from None
 
 
 class Config(BaseModel):
