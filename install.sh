@@ -33,7 +33,9 @@ choose_extra() {
 }
 
 offers_cpu_torch() { # INDEX OPTION...
-    .venv/bin/python -m pip index versions torch "$@" 2>>.venv/install.log | grep -qF "$TORCH_CPU"
+    local versions # held whole: a pipe that grep closes early makes pip fail
+    versions="$(.venv/bin/python -m pip index versions torch "$@" 2>>.venv/install.log)" &&
+        grep -qF "$TORCH_CPU" <<<"$versions"
 }
 
 choose_torch_index() {
