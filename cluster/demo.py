@@ -1,7 +1,7 @@
 """``workbench demo``: the main job end to end on this machine, every step a Ray job on a head of its own.
 
 The head runs on loopback with token authentication and the dashboard, and the profiler records the whole time. A
-step that finished before with the same arguments and config is reused, unless ``fresh``.
+step that finished before with the same arguments, config and code is reused, unless ``fresh``.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import shutil
 import socket
 import time
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 from pydantic import Field
@@ -164,9 +165,19 @@ class FinishedSteps:
 
 
 def fingerprint_of(argv: list[str]) -> str:
-    """SHA-256 (16 hex digits) of the arguments and of the text of each config file among them."""
+    """SHA-256 (16 hex digits) of the arguments, the text of each config file among them, and our code."""
     texts = [(CHECKOUT / argument).read_text() for argument in argv if argument.endswith(".yaml")]
-    return hashlib.sha256(json.dumps([argv, texts]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([argv, texts, code_fingerprint()]).encode()).hexdigest()[:16]
+
+
+@cache
+def code_fingerprint() -> str:
+    """SHA-256 of every Python file of our packages: what other code made is made again."""
+    digest = hashlib.sha256()
+    for package in sorted(init.parent for init in CHECKOUT.glob("*/__init__.py")):
+        for file in sorted(package.rglob("*.py")):
+            digest.update(f"{file.relative_to(CHECKOUT)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def _port_to_serve() -> int:

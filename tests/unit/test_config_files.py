@@ -1,5 +1,6 @@
 """Every YAML under configs/ is a valid config of the command that its first line names."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -22,6 +23,12 @@ def test_a_shipped_config_is_valid(file: Path, monkeypatch: pytest.MonkeyPatch) 
     given, overrides = parse_arguments(command, arguments)
     assert given == file
     load(command.schema(), given, overrides, visit_paths=False)  # its inputs are made by the commands before it
+
+
+@pytest.mark.parametrize("page", [CHECKOUT / "README.md", *CHECKOUT.glob("docs/*.md"), CHECKOUT / "workbench/cli.py"])
+def test_every_config_that_a_page_names_is_there(page: Path) -> None:
+    named = re.findall(r"configs/[\w/.-]+\.ya?ml", page.read_text())
+    assert not [name for name in named if not (CHECKOUT / name).is_file()]
 
 
 def test_there_are_configs() -> None:
