@@ -15,16 +15,18 @@ from workbench.config import default_environment, environment
 
 
 def wandb_mode() -> str:
-    """``WANDB_MODE`` if set, else ``online`` where a key is configured and ``offline`` where none is."""
-    if mode := environment("WANDB_MODE"):
-        return mode
+    """``WANDB_MODE`` if set, else ``online``; but ``offline`` for ``online`` where no key is configured."""
+    mode = environment("WANDB_MODE") or "online"
+    return "offline" if mode == "online" and not _has_key() else mode
+
+
+def _has_key() -> bool:
     if environment("WANDB_API_KEY"):
-        return "online"
+        return True
     try:
-        known = netrc.netrc().authenticators("api.wandb.ai")
+        return "api.wandb.ai" in netrc.netrc().hosts
     except (OSError, netrc.NetrcParseError):
-        known = None
-    return "online" if known else "offline"
+        return False
 
 
 class Tracker:

@@ -106,6 +106,15 @@ def test_wandb_is_online_with_a_login_in_netrc(no_account: Path) -> None:
     assert wandb_mode() == "online"
 
 
+def test_wandb_stays_offline_without_a_key_whatever_the_environment_asks(
+    no_account: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
+    (no_account / ".netrc").write_text("default login user password secret\n")
+    (no_account / ".netrc").chmod(0o600)
+    assert wandb_mode() == "offline"
+
+
 def test_the_mode_of_the_environment_wins(no_account: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
