@@ -70,6 +70,9 @@ class Host(Config):
             raise ValueError("only a Mac has mps")
         if self.supervisor is not None and (self.supervisor == "launchd") != (self.os == "macos"):
             raise ValueError(f"supervisor {self.supervisor} does not exist on {self.os}")
+        plain = sorted({card.model for card in self.cards if not self.is_reserved(card)})
+        if len(plain) > 1:
+            raise ValueError(f"Ray cannot tell {' and '.join(plain)} apart: give all but one model reserved: true")
         return self
 
     @property

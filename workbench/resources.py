@@ -108,9 +108,8 @@ class ResourceRequest(Config):
 
     @model_validator(mode="after")
     def _one_kind(self) -> "ResourceRequest":
-        kinds = [name for name, given in (("gpu", self.gpu), ("gpus", self.gpus), ("mps", self.mps)) if given]
-        if self.gpu is not None and "gpu" not in kinds:
-            kinds.append("gpu")
+        given = {"gpu": self.gpu is not None, "gpus": self.gpus is not None, "mps": self.mps > 0}
+        kinds = [name for name, asked in given.items() if asked]
         if len(kinds) > 1:
             raise ValueError(f"{' and '.join(kinds)} cannot be had together: ask for one of them")
         if self.share is not None and self.gpu is None:
