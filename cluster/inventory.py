@@ -54,6 +54,9 @@ class Host(Config):
         default=None, description="what keeps Ray running; default: systemd on Linux, launchd on macOS"
     )
     cpus: int | None = Field(default=None, ge=0, description="CPUs to offer; default: all of them")
+    object_store_gb: float | None = Field(
+        default=None, gt=0, description="shared memory for objects; default: Ray's, a third of the memory"
+    )
     cards: list[Card] = Field(default=[], description="its NVIDIA cards, in NVML's order")
     nccl_p2p: bool = Field(
         default=True,
