@@ -13,12 +13,12 @@ get no reserved card, and no Mac has any ``GPU``.
 import difflib
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from cluster.labels import HOST, MPS, CardOnHost, card_resource
-from cluster.nodes import Node
+from cluster.nodes import Node, member_nodes
 from workbench.errors import UserError
 from workbench.resources import ResourceRequest
 
@@ -86,6 +86,14 @@ def place(request: ResourceRequest, nodes: Sequence[Node], *, workers: int = 1) 
     if best.free < workers:
         return replace(best.placement, waits=_waiting(request, best, workers))
     return best.placement
+
+
+def place_here(request: ResourceRequest, say: Callable[[str], Any], *, workers: int = 1) -> Placement:
+    """``place`` on the cluster that this process is connected to; what it must wait for is said."""
+    placement = place(request, member_nodes(), workers=workers)
+    if placement.waits:
+        say(placement.waits)
+    return placement
 
 
 @dataclass(frozen=True)

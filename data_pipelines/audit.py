@@ -11,13 +11,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, field_validator
 
+from cluster.placement import place_here
 from data_pipelines.pii import KINDS
-from workbench.config import Config, resolve_path
+from workbench.config import resolve_path
 from workbench.errors import UserError
+from workbench.resources import Placed
 from workbench.runs import Run, Summary
 
 if TYPE_CHECKING:
@@ -26,8 +28,10 @@ if TYPE_CHECKING:
 INSTALLED = "installed-packages"
 
 
-class AuditConfig(Config):
+class AuditConfig(Placed):
     """What to read, and where the line is drawn."""
+
+    amounts: ClassVar[tuple[str, str]] = ("cpus_per_task", "")
 
     source: str = Field(
         default=INSTALLED,
@@ -160,16 +164,18 @@ def _measure(config: AuditConfig, opened: Opened, corpus: Any, run: Run) -> None
     from data_pipelines.sources import DocumentSource, quiet_progress, split_evenly
 
     quiet_progress()
+    placement = place_here(config.request(), run.say)
     source = DocumentSource(split_evenly(opened.items, config.blocks), shared=opened.shared)
     dataset = ray.data.read_datasource(
-        source, override_num_blocks=source.tasks, num_cpus=config.cpus_per_task
+        source, override_num_blocks=source.tasks, num_cpus=placement.num_cpus, ray_remote_args=placement.data_options()
     ).map_batches(
         measure,
         fn_kwargs={"max_characters": config.max_characters, "phone_region": config.phone_region},
         batch_format="pyarrow",
         batch_size=None,
         zero_copy_batch=True,
-        num_cpus=config.cpus_per_task,
+        num_cpus=placement.num_cpus,
+        **placement.data_options(),
     )
     spoken = time.monotonic()
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from cluster.placement import Placement, place_here
 from data_pipelines.encoder import DType, locate_model, model_identity
 from data_pipelines.store import Index, MilvusUri, check_model
 from workbench.config import Config, InputPath, environment, runs_root
 from workbench.errors import Failure, UserError
+from workbench.resources import Placed
 from workbench.runs import Run, Summary
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ class IndexConfig(Config):
     metric: Literal["IP", "COSINE", "L2"] = Field(default="IP", description="distance; vectors have length one")
 
 
-class EmbedConfig(Config):
+class EmbedConfig(Placed):
     """Which documents, by which model, into which collection."""
 
     documents: InputPath = Field(description="Parquet file or folder with the columns id and text; 'audit' writes it")
@@ -77,7 +79,7 @@ def run(config: EmbedConfig, run: Run) -> Summary:
     folder = locate_model(config.model)
     model = model_identity(config.model)
     wanted, row_bytes = select(config)
-    check_resources(config)
+    placement = place_here(config.request(), run.say, workers=config.workers)
     run.input("documents", path=config.documents)
     run.say(f"{len(wanted):,} documents to have in '{config.collection}' at {config.uri}")
     already_held = owner.find(config.uri) is not None
@@ -95,7 +97,7 @@ def run(config: EmbedConfig, run: Run) -> Summary:
             owner.ask(milvus.delete.remote(config.collection, other))
         began = time.monotonic()
         if todo:
-            _embed(config, folder, model, todo, row_bytes, milvus, run)
+            _embed(config, folder, model, todo, row_bytes, milvus, run, placement)
         embedded = time.monotonic()
         run.say("building the index")
         index = Index(config.index.m, config.index.ef_construction, config.index.metric)
@@ -145,20 +147,6 @@ def content_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
 
 
-def check_resources(config: EmbedConfig) -> None:
-    """Raise UserError if the cluster, even when idle, cannot run all workers."""
-    import ray
-
-    present = ray.cluster_resources()
-    for kind, key, each in [("CPU", "cpus_per_worker", config.cpus_per_worker),
-                            ("GPU", "gpus_per_worker", config.gpus_per_worker)]:  # fmt: skip
-        if each * config.workers > present.get(kind, 0):
-            raise UserError(
-                f"{config.workers} workers of {each:g} {kind} ask for more than the {present.get(kind, 0):g} of this "
-                f"cluster: set workers or {key}"
-            )
-
-
 def open_documents(config: EmbedConfig) -> "ds.Dataset":
     """The Parquet files that are named. Raises UserError if they are not Parquet or lack a column."""
     import pyarrow as pa
@@ -199,7 +187,14 @@ def select(config: EmbedConfig) -> tuple[dict[str, int], int]:
 
 
 def _embed(
-    config: EmbedConfig, folder: str, model: str, todo: list[str], row_bytes: int, milvus: Any, run: Run
+    config: EmbedConfig,
+    folder: str,
+    model: str,
+    todo: list[str],
+    row_bytes: int,
+    milvus: Any,
+    run: Run,
+    placement: Placement,
 ) -> None:
     import numpy as np
     import pyarrow.dataset as ds
@@ -228,8 +223,9 @@ def _embed(
             batch_size=config.batch_size,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=min(config.workers, -(-len(todo) // config.batch_size))),
-            num_cpus=config.cpus_per_worker,
-            num_gpus=config.gpus_per_worker,
+            num_cpus=placement.num_cpus,
+            num_gpus=placement.num_gpus,
+            **placement.data_options(),
         )
     )
     # A worker's rows come out, and are told of, when its block is done: a block is about one batch.
@@ -269,7 +265,7 @@ class EmbedIntoMilvus:
             dtype=config.dtype,
             max_tokens=config.max_tokens,
             threads=max(1, int(config.cpus_per_worker)),
-            gpu=config.gpus_per_worker > 0,
+            device=config.request().device,
         )
 
     def __call__(self, batch: "pa.Table") -> dict[str, list[int]]:

@@ -63,20 +63,20 @@ def model_identity(name: str) -> str:
 
 
 class Encoder:
-    """A loaded model; ``threads`` CPU threads, or the first GPU that Ray gave where ``gpu``."""
+    """A loaded model on ``device``: the first card that this process sees, the Mac's, or ``threads`` CPU threads."""
 
     def __init__(self, folder: str, *, dtype: DType = "float32", max_tokens: int = 0, threads: int = 1,
-                 gpu: bool = False) -> None:  # fmt: skip
+                 device: str = "cpu") -> None:  # fmt: skip
         import torch
         from sentence_transformers import SentenceTransformer
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        if not gpu:
+        if device == "cpu":
             torch.set_num_threads(threads)
         self._model: Any = SentenceTransformer(
             folder,
-            device="cuda" if gpu else "cpu",
+            device=device,
             model_kwargs={"dtype": getattr(torch, dtype)},
             local_files_only=True,
         )

@@ -8,13 +8,17 @@ own nothing would keep it alive, so the command stays in the foreground until Ct
 
 import logging
 import time
-from typing import Any, Literal
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 from pydantic import Field, field_validator
 
+from cluster.nodes import Node, member_nodes
+from cluster.placement import ENOUGH
 from serve.application import Deployed, causes, deploy, deployed, engine_log, remove, start_proxy
 from serve.availability import available
-from serve.engine import ModelConfig, bundle, check_engine_arguments, llm_config, workers
+from serve.engine import EnginePlace, ModelConfig, check_engine_arguments, engine_place, llm_config
 from serve.keys import default_key_file, digest, make_key
 from workbench.config import Config, OutputPath
 from workbench.errors import Failure, UserError
@@ -60,13 +64,11 @@ def run(config: ServeConfig, run: Run) -> Summary:
 
     Raises UserError for what can be seen before, Failure when a model does not come up.
     """
-    import ray
-
     check(config)
     begun = time.monotonic()
     key_file = config.api_key_file or default_key_file()
     key = make_key(key_file)
-    device = _devices(config.models, ray.cluster_resources())
+    places = _places(config.models, member_nodes())
     if (before := deployed()) is not None:
         if not config.replace:
             raise UserError(
@@ -78,15 +80,19 @@ def run(config: ServeConfig, run: Run) -> Summary:
     from serve.ingress import build_application
 
     run.say(
-        f"starting {len(config.models)} engines: {', '.join(f'{m.name} ({device[m.name]})' for m in config.models)}"
+        f"starting {len(config.models)} engines: "
+        + ", ".join(f"{m.name} ({places[m.name].placement.host or places[m.name].device})" for m in config.models)
     )
+    for place in places.values():
+        if place.placement.waits:
+            run.say(place.placement.waits)
     for model in config.models:
         run.input(f"model {model.name}", source=model.source)
     base_url = f"http://{config.host}:{config.port}{config.route_prefix.rstrip('/')}/v1"
     try:
         start_proxy(config.host, config.port)
         _quiet()
-        configs = [llm_config(model, device[model.name]) for model in config.models]
+        configs = [llm_config(model, places[model.name]) for model in config.models]
         deploy(build_application(configs, digest(key), INGRESS_CPUS), config.route_prefix)
         _quiet()  # again: building has imported more that sets up logging
         deadline = begun + config.timeout
@@ -115,19 +121,18 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def _devices(models: list[ModelConfig], resources: dict[str, float]) -> dict[str, Literal["cpu", "gpu"]]:
-    """Where each model runs. Raises UserError for a request that the cluster cannot ever satisfy."""
-    chosen: dict[str, Literal["cpu", "gpu"]] = {}
-    asked: dict[str, float] = {"CPU": INGRESS_CPUS}
+def _places(models: list[ModelConfig], nodes: Sequence[Node]) -> dict[str, EnginePlace]:
+    """Where each model runs. Raises UserError for models that the cluster can never hold all together."""
+    chosen = {model.name: engine_place(model, nodes) for model in models}
+    asked: Counter[str] = Counter({"CPU": INGRESS_CPUS})
     for model in models:
-        auto: Literal["cpu", "gpu"] = "gpu" if resources.get("GPU", 0) > 0 else "cpu"
-        chosen[model.name] = auto if model.device == "auto" else model.device
-        for resource, amount in bundle(model, chosen[model.name]).items():
-            asked[resource] = asked.get(resource, 0) + amount * workers(model) * model.replicas
+        for bundle in chosen[model.name].bundles * model.replicas:
+            asked.update(bundle)
     for resource, amount in asked.items():
-        if amount > resources.get(resource, 0):
+        there = sum(node.total.get(resource, 0.0) for node in nodes)
+        if amount > there + ENOUGH:
             raise UserError(
-                f"the models ask for {amount:g} {resource}, the cluster has {resources.get(resource, 0):g}: "
+                f"the models ask for {amount:g} {resource}, the cluster has {there:g}: "
                 "lower replicas, cpus or gpus of the models, or add machines"
             )
     return chosen

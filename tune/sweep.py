@@ -12,15 +12,17 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 import workloads.sft
+from cluster.placement import Placement
 from tune.space import Range, at_point, check_space
 from workbench.config import Config, dump
 from workbench.errors import Failure
 from workbench.files import write_atomic
+from workbench.resources import ResourceRequest
 from workbench.runs import Run, Summary
 from workloads.sft import SftConfig, prepare, write_merged
 
@@ -31,6 +33,7 @@ class TrialConfig(SftConfig):
     workers: int = Field(1, ge=1, le=1, description="a trial is one process")
     strategy: Literal["single"] = Field("single", description="a trial is one process")
     method: Literal["lora"] = Field("lora", description="trials train adapters")
+    several: ClassVar[bool] = False
 
 
 class SchedulerConfig(Config):
@@ -48,8 +51,18 @@ class SweepConfig(Config):
     space: dict[str, Range] = Field(min_length=1, description="dotted key: {choice|uniform|loguniform: [...]}")
     trials: int = Field(4, ge=1, description="points to draw")
     concurrent: int = Field(2, ge=1, description="trials at a time, where the cluster has room")
+    resources: ResourceRequest | None = Field(None, description="what a trial gets; the same as config.resources")
     scheduler: SchedulerConfig = Field(SchedulerConfig(), description="when a trial is stopped")
     seed: int = Field(0, description="which points are drawn")
+
+    @model_validator(mode="after")
+    def _placed(self) -> "SweepConfig":
+        if self.resources is not None and self.config.resources != self.resources:
+            if self.config.resources is not None:
+                raise ValueError("resources and config.resources differ: give one of them")
+            shared = self.config.model_dump(exclude_unset=True) | {"resources": self.resources}
+            self.__dict__["config"] = TrialConfig.model_validate(shared)
+        return self
 
     @model_validator(mode="after")
     def _comparable(self) -> "SweepConfig":
@@ -73,9 +86,9 @@ def run(config: SweepConfig, run: Run) -> Summary:
     from workloads.training.ray_train import check_placement
 
     check(config)
-    check_placement(config.config)
+    placement = check_placement(config.config, run.say)
     facts = prepare(config.config, run)
-    trials = run_trials(config, run)
+    trials = run_trials(config, run, placement)
     finished = [trial for trial in trials if (Path(trial["folder"]) / "adapter_config.json").is_file()]
     if not finished:
         raise Failure(f"no trial came to its end: {'; '.join(t['error'] or 'stopped' for t in trials)}")
@@ -96,7 +109,7 @@ def run(config: SweepConfig, run: Run) -> Summary:
     }
 
 
-def run_trials(config: SweepConfig, run: Run) -> list[dict[str, Any]]:
+def run_trials(config: SweepConfig, run: Run, placement: Placement) -> list[dict[str, Any]]:
     """Run all trials; one dict each: trial, point, state, steps, validation_loss, curve, folder, error."""
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
@@ -109,8 +122,10 @@ def run_trials(config: SweepConfig, run: Run) -> list[dict[str, Any]]:
         "train": str(run.artifact("train.jsonl")),
         "validation": str(run.artifact("validation.jsonl")),
         "folder": str(run.artifact("trials")),
+        "environment": placement.env_vars,
     }
-    needs = {"cpu": config.config.cpus_per_worker, "gpu": config.config.gpus_per_worker}
+    selector = {"bundle_label_selector": [placement.label_selector]} if placement.label_selector else {}
+    needs = tune.PlacementGroupFactory([placement.bundle()], **selector)
     progress = Progress(run)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(sft_trial, shared=shared), needs),

@@ -7,6 +7,7 @@ from ray import tune
 from torch import nn, optim
 
 from tune.space import at_point
+from workbench.config import adopt_environment
 from workbench.runs import Run
 
 
@@ -26,8 +27,9 @@ def sft_trial(point: dict[str, Any], shared: dict[str, Any]) -> None:
     """Fine-tune at ``point`` of the space on this process' device; the adapter goes to ``folder/<trial name>``."""
     from workloads.fine_tune import fine_tune
     from workloads.instructions import read_jsonl
-    from workloads.training.ray_train import local_device
+    from workloads.training.devices import local_device
 
+    adopt_environment(shared["environment"])  # Tune gives its trials no runtime environment
     config = at_point(shared["config"], point)
     fine_tune(
         config,

@@ -54,6 +54,11 @@ def default_environment(name: str, value: str) -> None:
     os.environ.setdefault(name, value)
 
 
+def adopt_environment(variables: dict[str, str]) -> None:
+    """Set environment variables of this process, for libraries that are yet to read them."""
+    os.environ.update(variables)
+
+
 def submitted_commit() -> tuple[str, bool] | None:
     """The git commit and cleanness that ``workbench submit`` passed to this job, or None outside one."""
     commit = os.environ.get(COMMIT_VARIABLE)

@@ -162,6 +162,8 @@ class Placed(Config):
 
     amounts: ClassVar[tuple[str, str]] = ("cpus_per_worker", "gpus_per_worker")
     """The names of the config's keys for CPUs and for GPUs; an empty name for none."""
+    several: ClassVar[bool] = False
+    """Whether ``gpus`` makes sense: a worker, or a group of them, that takes more than one card."""
 
     resources: ResourceRequest | None = Field(
         default=None, description='what a worker gets: {gpu: rtx-5090}, {gpu: {memory: ">=24GB"}}, cpu only, ...'
@@ -171,7 +173,11 @@ class Placed(Config):
     def _amounts_of_the_request(self) -> "Placed":
         if self.resources is None:
             return self
+        if self.resources.gpus is not None and not self.several:
+            raise ValueError("a worker of this command takes one card: give resources.gpu")
         cpus, gpus = self.amounts
+        if not gpus and self.resources.device != "cpu":
+            raise ValueError(f"this command computes on CPUs: {self.resources} would lie idle")
         given = getattr(self, gpus) if gpus and gpus in self.model_fields_set else 0
         if given and not math.isclose(given, self.resources.gpu_share):
             raise ValueError(f"{gpus} {given:g} contradicts resources ({self.resources}): leave {gpus} out")

@@ -29,7 +29,8 @@ on the network and a laptop that changes networks loses its cluster."""
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a worker that asked for no card sees none
+    "RAY_JOB_START_TIMEOUT_SECONDS": str(30 * 24 * 3600),  # a job may wait for a card; Ray gives up after 15 minutes
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_JOB_STOP_WAIT_TIME_S": "20",
     "TOKENIZERS_PARALLELISM": "false",

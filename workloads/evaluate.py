@@ -8,11 +8,12 @@ the training rows. Intervals are 95%: Wilson for a share, a bootstrap over molec
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
-from workbench.config import Config
+from cluster.placement import place_here
+from workbench.resources import Placed
 from workbench.runs import Run, Summary
 from workloads.chemistry import commonest_answers
 from workloads.instructions import (
@@ -29,8 +30,10 @@ from workloads.sources import CHEMISTRY, DataSource, ModelSource, check_model
 SIDES = ("base", "tuned", "majority")
 
 
-class EvalConfig(Config):
+class EvalConfig(Placed):
     """Config of ``train eval``."""
+
+    amounts: ClassVar[tuple[str, str]] = ("cpus_per_model", "gpus_per_model")
 
     base: ModelSource = Field(description="model folder or hub name")
     tuned: ModelSource = Field(description="model or adapter folder")
@@ -58,6 +61,7 @@ def run(config: EvalConfig, run: Run) -> Summary:
     import ray
 
     check(config)
+    placement = place_here(config.request(), run.say)
     for name, source in {"base": config.base, "tuned": config.tuned}.items():
         if Path(source).is_dir():
             run.input(name, path=Path(source))
@@ -70,8 +74,8 @@ def run(config: EvalConfig, run: Run) -> Summary:
     run.input("questions", path=run.artifact("questions.jsonl"), data=str(config.data), **data.facts)
     run.say(f"{len(rows)} held-out questions, {len(majority)} tasks; two models are answering")
 
-    remote = ray.remote(num_cpus=config.cpus_per_model, num_gpus=config.gpus_per_model)(_answer)
-    device = "cuda" if config.gpus_per_model else "cpu"
+    remote = ray.remote(_answer).options(**placement.options())
+    device = placement.device
     pending = [
         remote.remote(source, rows, device, config.batch_size, config.max_new_tokens)
         for source in (config.base, config.tuned)

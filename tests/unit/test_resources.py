@@ -12,7 +12,9 @@ from workbench.resources import Placed, ResourceRequest, plain_request
 
 
 class Work(Placed):
-    """A command with workers."""
+    """A command whose workers may take several cards."""
+
+    several = True
 
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
@@ -75,6 +77,28 @@ def test_without_resources_the_amounts_are_the_request() -> None:
     assert plain_request(1, 2).gpus == 2
     with pytest.raises(UserError, match=r"1\.5 cards"):
         plain_request(1, 1.5)
+
+
+class OneCard(Placed):
+    """A command whose workers take one card each."""
+
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+
+
+class Reading(Placed):
+    """A command without any."""
+
+    amounts = ("cpus_per_task", "")
+    cpus_per_task: float = 1.0
+
+
+def test_a_command_refuses_cards_that_it_would_leave_idle() -> None:
+    with pytest.raises(UserError, match="takes one card"):
+        load(OneCard, None, ["resources={gpus: all on system-a}"])
+    with pytest.raises(UserError, match="computes on CPUs"):
+        load(Reading, None, ["resources={gpu: any}"])
+    assert load(Reading, None, ["resources={cpu: 2, host: linux-box}"]).cpus_per_task == 2
 
 
 @given(

@@ -1,10 +1,11 @@
 """The keys that training commands share; no heavy import, because the command line reads it."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from workbench.config import Config
+from workbench.resources import Placed
 
 
 class AdapterConfig(Config):
@@ -16,8 +17,10 @@ class AdapterConfig(Config):
     targets: str | list[str] = Field("all-linear", description="layer names, or all-linear: all but the head")
 
 
-class TrainingConfig(Config):
+class TrainingConfig(Placed):
     """How long, how fast and on what: the loop of ``loop.py`` reads these keys and no others."""
+
+    several: ClassVar[bool] = True
 
     steps: int = Field(200, ge=1, description="optimizer steps")
     batch_size: int = Field(16, ge=1, description="sequences in one step, over all workers")
@@ -44,6 +47,8 @@ class TrainingConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TrainingConfig":
+        if self.resources is not None and isinstance(self.resources.gpus, int):
+            raise ValueError(f"a worker takes one card: give workers={self.resources.gpus} and resources.gpu=any")
         if self.strategy == "single" and self.workers != 1:
             raise ValueError(f"strategy single has one worker, not {self.workers}: give workers=1 or strategy=fsdp2")
         if self.batch_size % self.workers:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from workbench.errors import Failure, UserError
+from cluster.placement import Placement, place_here
+from workbench.errors import Failure
 from workbench.runs import Run
 from workbench.tracking import Tracker, read_metrics
 from workloads.training.checkpoint import load_checkpoint, save_checkpoint
@@ -28,20 +29,25 @@ def fit(worker: Callable[[dict[str, Any]], Any], payload: dict[str, Any], config
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    check_placement(config)
+    from workloads.training.devices import torch_config
+
+    placement = check_placement(config, run.say)
     trainer = TorchTrainer(
         worker,
         train_loop_config={**payload, "run_folder": str(run.folder)},
+        torch_config=torch_config(placement),
         scaling_config=ScalingConfig(
             num_workers=config.workers,
-            use_gpu=config.gpus_per_worker > 0,
-            resources_per_worker={"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker},
+            use_gpu=placement.num_gpus > 0,
+            resources_per_worker=placement.bundle(),
+            label_selector=placement.label_selector or None,
         ),
         run_config=RunConfig(
             name="train",
             storage_path=str(run.folder / "ray"),
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
+            worker_runtime_env=placement.runtime_env() or None,
         ),
     )
     with _telling(run, config.steps):
@@ -51,20 +57,12 @@ def fit(worker: Callable[[dict[str, Any]], Any], payload: dict[str, Any], config
             raise Failure(f"training failed: {_cause(error)}; {run.folder / 'metrics.jsonl'} has its steps") from error
 
 
-def check_placement(config: TrainingConfig) -> None:
-    """Refuse at once what Ray would leave pending for ever: workers that no node or no cluster can hold."""
-    import ray
+def check_placement(config: TrainingConfig, say: Callable[[str], Any] = lambda _: None) -> Placement:
+    """Where the workers go; ``say`` hears what they must wait for.
 
-    need = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sum(min(int(node.get(name, 0) / amount + 1e-9) for name, amount in need.items() if amount) for node in nodes)
-    if room < config.workers:
-        have = {name: ray.cluster_resources().get(name, 0) for name in need}
-        raise UserError(
-            f"{config.workers} workers of {need['CPU']:g} CPU and {need['GPU']:g} GPU do not fit on this cluster "
-            f"({have['CPU']:g} CPU, {have['GPU']:g} GPU on {len(nodes)} nodes, room for {room}): "
-            "lower workers, cpus_per_worker or gpus_per_worker"
-        )
+    Raises UserError at once for what Ray would leave pending for ever: workers that the cluster can never hold.
+    """
+    return place_here(config.request(), say, workers=config.workers)
 
 
 class WorkerEvents:
@@ -100,23 +98,6 @@ class WorkerEvents:
         """Flush the metrics."""
         if self._tracker:
             self._tracker.close()
-
-
-def device_of(config: TrainingConfig) -> torch.device:
-    """The card that Ray Train gave this worker, or the CPU."""
-    if config.gpus_per_worker:
-        import ray.train.torch
-
-        return ray.train.torch.get_device()
-    return local_device(config)
-
-
-def local_device(config: TrainingConfig) -> torch.device:
-    """The first card that this process may see, or the CPU with as many threads as Ray reserved."""
-    if config.gpus_per_worker:
-        return torch.device("cuda", 0)
-    torch.set_num_threads(max(1, int(config.cpus_per_worker)))
-    return torch.device("cpu")
 
 
 @contextmanager
