@@ -27,9 +27,13 @@ class Remote:
 
     def command(self, script: str) -> list[str]:
         """The ssh command line that runs ``script`` in the remote login shell."""
+        return [*self.ssh(), self.name(), script]
+
+    def ssh(self) -> list[str]:
+        """The ssh command line up to its destination; what speaks through ssh (rsync, a tunnel) begins with it."""
         return [
             "ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_SECONDS}", "-o", "ServerAliveInterval=5",
-            "-p", str(self.host.ssh_port), *self.options, f"{self.host.user}@{self.host.address}", script,
+            "-p", str(self.host.ssh_port), *self.options,
         ]  # fmt: skip
 
     def run(
@@ -39,19 +43,27 @@ class Remote:
 
         Raises Failure if the host cannot be reached, and, with ``check``, if the script fails.
         """
+        return self._run(script, stdin.encode(), timeout, check)
+
+    def send(self, script: str, data: bytes, *, timeout: float = 600) -> "subprocess.CompletedProcess[str]":
+        """Run ``script`` with ``data`` as its input. Raises Failure as ``run`` does."""
+        return self._run(script, data, timeout, True)
+
+    def _run(self, script: str, data: bytes, timeout: float, check: bool) -> "subprocess.CompletedProcess[str]":
         try:
-            done = subprocess.run(
-                self.command(script), input=stdin, capture_output=True, text=True, timeout=timeout, check=False
-            )
+            raw = subprocess.run(self.command(script), input=data, capture_output=True, timeout=timeout, check=False)
         except subprocess.TimeoutExpired:
-            raise Failure(f"{self._name()} did not answer within {timeout:g} s") from None
+            raise Failure(f"{self.name()} did not answer within {timeout:g} s") from None
         except FileNotFoundError:
             raise Failure("no ssh client on this machine: install OpenSSH") from None
+        done = subprocess.CompletedProcess(
+            raw.args, raw.returncode, raw.stdout.decode(errors="replace"), raw.stderr.decode(errors="replace")
+        )
         if done.returncode == 255:
             said = done.stderr.strip().splitlines()[-1:] or ["no reason given"]
-            raise Failure(f"cannot reach {self._name()}: {said[0]}; try: {shlex.join(self.command('true')[:-1])}")
+            raise Failure(f"cannot reach {self.name()}: {said[0]}; try: {shlex.join(self.command('true')[:-1])}")
         if check and done.returncode:
-            raise Failure(f"on {self._name()}: {done.stderr.strip() or done.stdout.strip() or done.returncode}")
+            raise Failure(f"on {self.name()}: {done.stderr.strip() or done.stdout.strip() or done.returncode}")
         return done
 
     def put(self, path: str, content: str, mode: int = 0o600) -> None:
@@ -63,7 +75,8 @@ class Remote:
             stdin=content,
         )
 
-    def _name(self) -> str:
+    def name(self) -> str:
+        """``user@address``."""
         return f"{self.host.user}@{self.host.address}"
 
 
