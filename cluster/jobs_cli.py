@@ -131,7 +131,10 @@ def runs_root_for(cluster: ClusterAddress, given: Path | None) -> Path:
         if not given.is_absolute():
             raise UserError(f"--runs {given}: give an absolute path on the cluster")
         return given
-    if environment("WORKBENCH_RUNS_ROOT") or cluster.dashboard.startswith(("http://127.0.0.1:", "http://localhost:")):
+    if cluster.runs_root is not None:
+        return cluster.runs_root
+    here = not cluster.remote and cluster.dashboard.startswith(("http://127.0.0.1:", "http://localhost:"))
+    if environment("WORKBENCH_RUNS_ROOT") or here:
         return runs_root()
     raise UserError("the cluster is on other machines: name its runs root, --runs /shared/runs or WORKBENCH_RUNS_ROOT")
 

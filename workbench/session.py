@@ -41,11 +41,14 @@ QUIET = {
 
 @dataclass(frozen=True)
 class ClusterAddress:
-    """How a cluster is reached: ``gcs`` (host:port) by drivers, ``dashboard`` (http://...) by jobs; the token file."""
+    """How a cluster is reached: ``gcs`` (host:port) by drivers, empty where only jobs can; ``dashboard`` (http://...) by
+    jobs; the token file; and the cluster's runs root where that is not ours."""
 
     gcs: str
     dashboard: str
     token_file: Path | None
+    runs_root: Path | None = None
+    remote: bool = False
 
 
 def state_folder() -> Path:
@@ -82,13 +85,21 @@ def make_token(token_file: Path) -> Path:
 
 
 def local_cluster() -> ClusterAddress | None:
-    """The head that this checkout keeps running on loopback, or None; a stale session file counts as none."""
+    """The head that this checkout keeps running, or keeps a tunnel to, on loopback; None where there is neither, or
+    only the session file of a process that has ended."""
     try:
         session = read_json(session_file())
         os.kill(session["pid"], 0)
     except (OSError, ValueError, KeyError):
         return None
-    return ClusterAddress(session["gcs"], session["dashboard"], Path(session["token_file"]))
+    token, runs = session["token_file"], session.get("runs_root")
+    return ClusterAddress(
+        session["gcs"],
+        session["dashboard"],
+        Path(token) if token else None,
+        Path(runs) if runs else None,
+        bool(session.get("remote")),
+    )
 
 
 def dashboard_address(given: str | None = None) -> ClusterAddress:
