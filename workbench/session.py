@@ -41,8 +41,8 @@ QUIET = {
 
 @dataclass(frozen=True)
 class ClusterAddress:
-    """How a cluster is reached: ``gcs`` (host:port) by drivers, empty where only jobs can; ``dashboard`` (http://...) by
-    jobs; the token file; and the cluster's runs root where that is not ours."""
+    """How a cluster is reached: ``gcs`` (host:port) by drivers, empty where only jobs reach it; ``dashboard``
+    (http://...) by jobs; the token file; the cluster's runs root where it is not ours; and whether it is elsewhere."""
 
     gcs: str
     dashboard: str
