@@ -17,6 +17,13 @@ os.environ["WORKBENCH_STATE"] = tempfile.mkdtemp(prefix="wb-state-")  # a head o
 atexit.register(shutil.rmtree, os.environ["WORKBENCH_STATE"], ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def _no_cluster_named_by_the_test_before() -> Iterator[None]:
+    """A client of a head names it to Ray's State API for the rest of the process."""
+    yield
+    os.environ.pop("RAY_API_SERVER_ADDRESS", None)
+
+
 @pytest.fixture
 def runs_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty runs root for this test alone."""
