@@ -1,4 +1,4 @@
-"""``workbench cluster local``: a Ray head on loopback that submitted jobs go to."""
+"""``workbench cluster``: the machines. Here is ``local``, a head on loopback; the rest is in modules of its own."""
 
 import signal
 import sys
@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-cluster_app = typer.Typer(help="Machines: a local cluster on this one.", no_args_is_help=True, rich_markup_mode=None)
+from cluster import bring_up_cli
 
-
-@cluster_app.callback()
-def _group() -> None:
-    """Keeps ``local`` a subcommand while it is the only one."""
+cluster_app = typer.Typer(
+    help="Machines: one cluster of several hosts, or of this one.", no_args_is_help=True, rich_markup_mode=None
+)
+bring_up_cli.register(cluster_app)
 
 
 @cluster_app.command()

@@ -48,11 +48,17 @@ def install(remote: Remote) -> None:
     host = remote.host
     folder = shell_path(_folder(host))
     remote.send(f"mkdir -p {folder} && tar -xzf - -C {folder}", checkout_tar())
-    remote.run(
-        f"cd {folder} && PYTHON={shell_path(host.python) if host.python[0] in '/~' else host.python} "
-        f"EXTRA={extra(host)} ./install.sh >install.out 2>&1 || {{ tail -n 15 install.out >&2; exit 1; }}\n"
-        f"touch {DONE}",
-        timeout=INSTALL_SECONDS,
+    remote.run("sh -s", stdin=f"{{\n{install_commands(host)}\n}} </dev/null\n", timeout=INSTALL_SECONDS)
+
+
+def install_commands(host: Host) -> str:
+    """Shell lines that make the environment from the checkout that was sent, and mark it as whole."""
+    python = shell_path(host.python) if host.python[0] in "/~" else host.python
+    return (
+        f"cd {shell_path(_folder(host))} || exit 1\n"
+        f"PYTHON={python} EXTRA={extra(host)} ./install.sh >install.out 2>&1 "
+        "|| { tail -n 15 install.out >&2; exit 1; }\n"
+        f"touch {DONE}"
     )
 
 
