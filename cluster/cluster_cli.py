@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
-from cluster import bring_up_cli
+from cluster import bring_up_cli, doctor_cli
 
 cluster_app = typer.Typer(
     help="Machines: one cluster of several hosts, or of this one.", no_args_is_help=True, rich_markup_mode=None
 )
+cluster_app.command()(doctor_cli.init)
+cluster_app.command()(doctor_cli.doctor)
 bring_up_cli.register(cluster_app)
 
 

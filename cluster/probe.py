@@ -21,6 +21,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,7 @@ ELSEWHERE = "/opt/homebrew/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 SWITCHES = ("RAY_AUTH_MODE", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "NCCL_P2P_DISABLE")
 LISTEN = "0A"
 INSUFFICIENT_SIZE = 7
+WAIT_SECONDS = 5
 SHARED_FILE_SYSTEMS = ("nfs", "nfs4", "cifs", "smbfs", "smb3", "ceph", "lustre", "fuse.sshfs", "fuse.glusterfs")
 
 missing: dict[str, str] = {}
@@ -65,6 +67,17 @@ def attempt(name: str, read: Callable[[], Any]) -> Any:
     if value is None:
         missing.setdefault(name, "not given by the system")
     return value
+
+
+def in_time(read: Callable[[], Any]) -> Any:
+    """What ``read()`` returns, unless it waits, as a dead server's file system does; then TimeoutError."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(attempt("storage", read)), daemon=True)
+    thread.start()
+    thread.join(WAIT_SECONDS)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {WAIT_SECONDS} s")
+    return results[0]
 
 
 def output(*command: str) -> str:
@@ -393,7 +406,7 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
         else None,
         "nvidia": None if mac else attempt("NVIDIA driver", nvidia),
         "folder": attempt("disk", lambda: disk(asked.get("folder", "~"))),
-        "storage": attempt("storage", lambda: disk(storage)) if storage.startswith("/") else None,
+        "storage": attempt("storage", lambda: in_time(lambda: disk(storage))) if storage.startswith("/") else None,
         "token_file": attempt("token file", lambda: secret(asked["token_file"], salt))
         if asked.get("token_file")
         else None,
@@ -412,4 +425,5 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(json.loads(sys.argv[1]) if len(sys.argv) > 1 else {})))
+    print(json.dumps(main(json.loads(sys.argv[1]) if len(sys.argv) > 1 else {})), flush=True)
+    os._exit(0)  # a thread that still waits would hold us
