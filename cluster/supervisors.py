@@ -143,20 +143,22 @@ def _launchd(inventory: Inventory, name: str) -> Supervisor:
 def _runit(inventory: Inventory, name: str) -> Supervisor:
     host, service = inventory.hosts[name], f"workbench-{inventory.name}"
     folder = shell_path(host.folder)
-    definition, link = f"{folder}/sv/{service}", f"{folder}/service/{service}"
+    # The user's own runsvdir watches ~/service, as Debian's runit has it; a link there makes the service appear whole.
+    definition, link = f"{folder}/sv/{service}", f'"$HOME"/service/{service}'
     return Supervisor(
         definition_path=f"{host.folder}/sv/{service}/run",
         definition=RUNIT.format(host=name, cluster=inventory.name, start=shell_path(f"{host.folder}/start")),
         mode=0o755,
-        enable=f"mkdir -p {folder}/service\n[ -L {link} ] || ln -s ../sv/{service} {link}",
+        # A file "down" holds a new service back until it is restarted below: otherwise Ray would start twice.
+        enable=f'mkdir -p "$HOME"/service\n[ -L {link} ] || {{ touch {definition}/down; ln -s {definition} {link}; }}',
         restart=textwrap.dedent(f"""\
             n=0
             until sv status {definition} >/dev/null 2>&1; do
                 n=$((n + 1))
-                [ $n -lt 40 ] || {{ echo "no supervisor watches {host.folder}/service; start one there: " \\
-                    "runsvdir -P {host.folder}/service" >&2; exit 1; }}
+                [ $n -lt 40 ] || {{ echo "nobody watches ~/service; start there: runsvdir -P ~/service" >&2; exit 1; }}
                 sleep 0.5
             done
+            rm -f {definition}/down
             sv -w {SECONDS_TO_STOP} force-restart {definition} >/dev/null"""),
         stop=f"[ ! -d {definition} ] || sv -w {SECONDS_TO_STOP} force-shutdown {definition} >/dev/null 2>&1 || true\n"
         f"rm -f {link}\nrm -rf {definition}",
