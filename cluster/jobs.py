@@ -3,23 +3,22 @@
     job = submit(client, ["data", "embed", "configs/demo/embed.yaml"], runs_root=runs_root())
     exit_code = follow(client, job)
 
-The same by hand: ``ray job submit --working-dir . -- python -m workbench data embed configs/demo/embed.yaml``.
+The same by hand: ``ray job submit --working-dir . -- python -m workbench data embed configs/demo/embed.yaml``;
+``workbench submit --dry-run`` prints the whole line.
 """
 
 import asyncio
+import json
 import secrets
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench.config import CHECKOUT, CLEAN_VARIABLE, COMMIT_VARIABLE, RUNS_ROOT_VARIABLE
+from cluster.job_spec import EntrypointResources, JobSpec
 from workbench.errors import Failure, UserError
-from workbench.runs import git_commit
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -28,16 +27,6 @@ ENDED = {"STOPPED", "SUCCEEDED", "FAILED"}
 STOPPED_EXIT_CODE = 143
 RECONNECT_SECONDS = 300
 POLL_SECONDS = 0.5
-
-
-@dataclass(frozen=True)
-class EntrypointResources:
-    """What the job's own process reserves; the workers it starts ask for theirs."""
-
-    cpus: float = 0
-    gpus: float = 0
-    memory: int = 0
-    custom: dict[str, float] = field(default_factory=dict)
 
 
 def submit(
@@ -53,26 +42,21 @@ def submit(
 
     Raises UserError when the cluster refuses the job: a package over Ray's limit, or an id that exists.
     """
-    commit, clean = git_commit(CHECKOUT)
-    variables = {
-        RUNS_ROOT_VARIABLE: str(runs_root),
-        COMMIT_VARIABLE: commit or "unknown",
-        CLEAN_VARIABLE: "1" if clean else "0",
-        **(variables or {}),
-    }
-    asked = resources or EntrypointResources()
-    job = name or f"workbench-{secrets.token_hex(4)}"
-    request = partial(
-        client.submit_job,
-        entrypoint=shlex.join(["python", "-m", "workbench", *command]),
-        submission_id=job,
-        runtime_env={"working_dir": str(CHECKOUT), "excludes": ["/.git"], "env_vars": variables},
-        metadata={"command": shlex.join(command[:2])},
-        entrypoint_num_cpus=asked.cpus or None,
-        entrypoint_num_gpus=asked.gpus or None,
-        entrypoint_memory=asked.memory or None,
-        entrypoint_resources=asked.custom or None,
-    )
+    spec = JobSpec(list(command), runs_root, resources or EntrypointResources(), variables or {})
+    return submit_spec(client, spec, name)
+
+
+def submit_spec(client: "JobSubmissionClient", spec: JobSpec, name: str = "") -> str:
+    """Submit ``spec``; the job's id. Raises UserError as ``submit`` does, and where it would wait in vain."""
+    for job in spec.after:
+        if state_of_job(client, job, missing_is_mistake=True) in ENDED - {"SUCCEEDED"}:
+            raise UserError(f"--after {job}: it has not succeeded, so this job would never start")
+    return request_job(client, name or f"workbench-{secrets.token_hex(4)}", spec.arguments())
+
+
+def request_job(client: "JobSubmissionClient", job: str, arguments: dict[str, Any]) -> str:
+    """Ask for the job until the cluster has answered, so that a lost answer starts nothing twice; its id."""
+    request = partial(client.submit_job, submission_id=job, **arguments)
     deadline = time.monotonic() + RECONNECT_SECONDS
     lost = False
     while True:
@@ -129,10 +113,29 @@ def wait(client: "JobSubmissionClient", job: str, watch: Callable[[], Any]) -> i
         time.sleep(POLL_SECONDS)
 
 
+def state_of_job(client: "JobSubmissionClient", job: str, *, missing_is_mistake: bool = False) -> str:
+    """PENDING, RUNNING, or one of ``ENDED``; asked again for five minutes where the cluster does not answer.
+
+    Raises Failure after that, and UserError for a job that the cluster does not know, if that is a mistake.
+    """
+    begun = time.monotonic()
+    while True:
+        try:
+            return _state(client.get_job_info(job))
+        except (OSError, RuntimeError) as error:
+            if "404" in str(error):
+                if missing_is_mistake:
+                    raise UserError(f"no job '{job}' on this cluster; see 'workbench jobs list'") from None
+                raise Failure(f"the cluster no longer knows the job '{job}'") from None
+            if time.monotonic() - begun > RECONNECT_SECONDS:
+                raise Failure(f"the cluster does not answer: {error}") from None
+            time.sleep(POLL_SECONDS)
+
+
 def exit_code(client: "JobSubmissionClient", job: str) -> int | None:
     """The exit code of an ended job (143 when it was stopped), or None while it is pending or running."""
     details = client.get_job_info(job)
-    status = str(details.status.value if hasattr(details.status, "value") else details.status)
+    status = _state(details)
     if status not in ENDED:
         return None
     if status == "STOPPED":
@@ -142,19 +145,45 @@ def exit_code(client: "JobSubmissionClient", job: str) -> int | None:
     return 0 if status == "SUCCEEDED" else 1
 
 
+def _state(details: "JobDetails") -> str:
+    return str(details.status.value if hasattr(details.status, "value") else details.status)
+
+
 def describe(details: "JobDetails") -> dict[str, Any]:
-    """One row for a person or for JSON: id, state, command, age and exit code."""
+    """One row for a person or for JSON; ``seconds`` is how long it has run, ``age`` since when it is known."""
     started = (details.start_time or 0) / 1000
     ended = details.end_time / 1000 if details.end_time else None
+    metadata = details.metadata or {}
     return {
         "job": details.submission_id,
-        "state": str(details.status.value),
-        "command": details.entrypoint.removeprefix("python -m workbench "),
+        "state": _state(details),
+        "owner": metadata.get("owner", ""),
+        "command": metadata.get("command", details.entrypoint.removeprefix("python -m workbench ")),
+        "resources": metadata.get("resources", ""),
+        "after": metadata.get("after", ""),
+        "retries": int(metadata.get("retries", "0")),
+        "secrets": metadata.get("secrets", ""),
+        "part_of": metadata.get("part_of", ""),
         "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(started)),
+        "age": round(time.time() - started, 1),
         "seconds": round((ended or time.time()) - started, 1),
         "exit_code": details.driver_exit_code,
         "message": details.message or "",
     }
+
+
+def waits_for(client: "JobSubmissionClient", details: "JobDetails", nodes: Callable[[], Any]) -> str:
+    """What a job waits for: other jobs, or resources that ``nodes()`` do not have free; empty where it does not."""
+    metadata = details.metadata or {}
+    if _state(details) == "RUNNING" and metadata.get("after") and not metadata.get("part_of"):
+        states = {job: state_of_job(client, job) for job in metadata["after"].split(", ")}
+        return ", ".join(f"{job} ({state.lower()})" for job, state in states.items() if state not in ENDED)
+    if _state(details) == "PENDING" and metadata.get("asks"):
+        from cluster.placement import lacking
+
+        asked = json.loads(metadata["asks"])
+        return lacking(asked["bundle"], asked["label_selector"], nodes())
+    return ""
 
 
 def _log_from(client: "JobSubmissionClient", job: str, start: int) -> Iterator[str]:

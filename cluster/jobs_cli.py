@@ -2,14 +2,21 @@
 
 import json
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from workbench.config import CHECKOUT, environment, runs_root
 from workbench.errors import Failure, UserError
 from workbench.session import ClusterAddress, dashboard_address
+
+if TYPE_CHECKING:
+    from cluster.job_spec import EntrypointResources
+    from cluster.nodes import Node
+    from workbench.resources import ResourceRequest
 
 Address = Annotated[str | None, typer.Option(help="The cluster's dashboard, http://HOST:8265.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")]
@@ -20,33 +27,86 @@ jobs_app = typer.Typer(
 )
 
 
-def submit(
-    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="For example: -- data audit")],
-    address: Address = None,
-    name: Annotated[str, typer.Option(help="The job's id; random if not given.")] = "",
-    cpus: Annotated[float, typer.Option(help="CPUs that the command's own process reserves.")] = 0,
-    gpus: Annotated[float, typer.Option(help="GPUs that the command's own process reserves.")] = 0,
-    memory: Annotated[int, typer.Option(help="Memory in MiB that it reserves.")] = 0,
-    resource: Annotated[list[str] | None, typer.Option(help="NAME=AMOUNT of a custom resource.")] = None,
-    runs: Annotated[Path | None, typer.Option(help="The cluster's absolute runs root.", show_default=False)] = None,
-    detach: Annotated[bool, typer.Option(help="Return as soon as the job is accepted.")] = False,
-    as_json: AsJson = False,
-) -> int:
-    """Run any workbench command as a Ray job on the cluster; its exit code is ours."""
-    from cluster.job_client import job_client
-    from cluster.jobs import EntrypointResources, follow
-    from cluster.jobs import submit as submit_job
+@dataclass(frozen=True)
+class CommandFacts:
+    """What the composition root knows of a command line: whether it has a ``resources`` key for its workers, and what
+    they ask of these nodes, as placements' notes of what must be waited for (UserError where it can never be had)."""
 
-    cluster = dashboard_address(address)
-    root = runs_root_for(cluster, runs)
-    asked = EntrypointResources(cpus, gpus, memory << 20, _custom(resource or []))
-    _check_command(command)
-    client = job_client(cluster)
-    job = submit_job(client, command, runs_root=root, name=name, resources=asked)
-    print(f"job {job} submitted to {cluster.dashboard}", file=sys.stderr)
-    if detach:
-        print(json.dumps({"job": job}) if as_json else job)
-        return 0
+    takes_resources: Callable[[Sequence[str]], bool]
+    waits: Callable[[Sequence[str], "Sequence[Node]"], list[str]]
+    requests: Callable[[Sequence[str]], str]
+
+
+def submit_command(facts: CommandFacts) -> Callable[..., int]:
+    """The function behind ``workbench submit``."""
+
+    def submit(
+        command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="For example: -- data audit")],
+        address: Address = None,
+        name: Annotated[str, typer.Option(help="The job's id; random if not given.")] = "",
+        gpu: Annotated[str, typer.Option(help="One card: rtx-5090, any, or '>=24GB'.")] = "",
+        gpus: Annotated[str, typer.Option(help="'all on HOST', or a number of plain cards of one host.")] = "",
+        share: Annotated[float | None, typer.Option(help="Share of that card.", show_default=False)] = None,
+        mps: Annotated[bool, typer.Option("--mps", help="The Mac's own GPU.")] = False,
+        cpus: Annotated[float | None, typer.Option(help="CPUs.", show_default=False)] = None,
+        host: Annotated[str, typer.Option(help="Only on this host.")] = "",
+        memory: Annotated[int, typer.Option(help="Memory in MiB that the command's own process reserves.")] = 0,
+        resource: Annotated[list[str] | None, typer.Option(help="NAME=AMOUNT of a Ray resource, likewise.")] = None,
+        env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for every process of the job.")] = None,
+        secret: Annotated[list[str] | None, typer.Option(help="A NAME of the hosts' secrets file.")] = None,
+        after: Annotated[list[str] | None, typer.Option(help="Start when this JOB has succeeded.")] = None,
+        retries: Annotated[int, typer.Option(min=0, help="Try again so often when the command fails.")] = 0,
+        runs: Annotated[Path | None, typer.Option(help="The cluster's absolute runs root.", show_default=False)] = None,
+        max_upload: Annotated[float, typer.Option(help="MB of this checkout that may travel.")] = 100,
+        follow: Annotated[
+            bool, typer.Option("--follow/--detach", help="Follow the log, or return when the job is accepted.")
+        ] = True,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the same as a plain Ray line.")] = False,
+        as_json: AsJson = False,
+    ) -> int:
+        """Run any workbench command as a Ray job on the cluster; its exit code is ours.
+
+        --gpu, --gpus, --share, --mps, --cpus and --host are what the command's workers get, as its 'resources' key;
+        of a command without that key, what its own process gets.
+        """
+        from cluster.job_client import job_client
+        from cluster.job_spec import EntrypointResources, JobSpec
+        from cluster.jobs import submit_spec
+        from cluster.nodes import remote_nodes
+        from cluster.upload import check_upload
+
+        cluster = dashboard_address(address)
+        root = runs_root_for(cluster, runs)
+        request = _request(gpu=gpu, gpus=gpus, share=share, mps=mps, cpu=cpus, host=host)
+        custom = _custom(resource or [])
+        if request is not None and facts.takes_resources(command):
+            command = [*command, _override(request)]
+            request = None
+        _check_command(command)
+        workers = facts.requests(command)
+        nodes = remote_nodes(cluster)
+        for text in facts.waits(command, nodes):
+            print(f"the workers' request {text}", file=sys.stderr)
+        own = EntrypointResources(memory=memory << 20, custom=custom)
+        if request is not None:
+            own = _entrypoint(request, nodes, memory << 20, custom)
+        variables = _variables(env or [])
+        spec = JobSpec(command, root, own, variables, secret or [], after or [], retries, workers)
+        if dry_run:
+            print(spec.plain_line(cluster.dashboard, name))
+            return 0
+        check_upload(CHECKOUT, max_upload)
+        client = job_client(cluster)
+        job = submit_spec(client, spec, name)
+        print(f"job {job} submitted to {cluster.dashboard}", file=sys.stderr)
+        return _follow(client, job, as_json) if follow else _say_accepted(job, as_json)
+
+    return submit
+
+
+def _follow(client: Any, job: str, as_json: bool) -> int:
+    from cluster.jobs import follow
+
     write = sys.stderr.write if as_json else sys.stdout.write
     try:
         code = follow(client, job, write)
@@ -55,6 +115,52 @@ def submit(
     if as_json:
         print(json.dumps({"job": job, "exit_code": code}))
     return code
+
+
+def _say_accepted(job: str, as_json: bool) -> int:
+    print(json.dumps({"job": job}) if as_json else job)
+    return 0
+
+
+def _request(*, gpu: str, gpus: str, **rest: Any) -> "ResourceRequest | None":
+    """The request that the flags make, or None without any. Raises UserError with the flags' names."""
+    from pydantic import ValidationError
+
+    from workbench.resources import ResourceRequest
+
+    asked: dict[str, Any] = {key: value for key, value in rest.items() if value not in (None, False, "")}
+    if gpu:
+        asked["gpu"] = {"memory": gpu} if gpu.startswith(">") else gpu
+    if gpus:
+        asked["gpus"] = int(gpus) if gpus.isdigit() else gpus
+    if "mps" in asked:
+        asked["mps"] = 1
+    if not asked:
+        return None
+    try:
+        return ResourceRequest.model_validate(asked)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = {"cpu": "cpus"}.get(str(first["loc"][0]), first["loc"][0]) if first["loc"] else ""
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"--{flag}: {message}" if flag else message) from None
+
+
+def _override(request: "ResourceRequest") -> str:
+    return f"resources={json.dumps(request.model_dump(exclude_defaults=True) or 'cpu only')}"
+
+
+def _entrypoint(
+    request: "ResourceRequest", nodes: "Sequence[Node]", memory: int, custom: dict[str, float]
+) -> "EntrypointResources":
+    from cluster.job_spec import EntrypointResources
+    from cluster.placement import place
+
+    placement = place(request, nodes)
+    if placement.waits:
+        print(f"the command's own process {placement.waits}", file=sys.stderr)
+    text = str(request) if request.cpu is not None or request.device != "cpu" else ""
+    return EntrypointResources.of(placement, memory, custom, text)
 
 
 @jobs_app.command("list")
@@ -67,10 +173,20 @@ def list_jobs(address: Address = None, as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(rows))
         return
+    shape = "{:<24} {:<10} {:<18} {:>8} {:>8} {:>5}  {:<28} {}"
+    print(shape.format("JOB", "STATE", "OWNER", "AGE", "TOOK", "EXIT", "RESOURCES", "COMMAND"))
     for row in rows:
-        code = "" if row["exit_code"] is None else f"exit {row['exit_code']}"
-        times = f"{row['started']}  {row['seconds']:>8.1f} s"
-        print(f"{row['job']:<28} {row['state']:<10} {times}  {code:<8} {row['command']}")
+        code = "" if row["exit_code"] is None else str(row["exit_code"])
+        times = [_duration(row["age"]), _duration(row["seconds"])]
+        print(shape.format(row["job"], row["state"], row["owner"], *times, code, row["resources"], row["command"]))
+
+
+def _duration(seconds: float) -> str:
+    """Short for a person: 42s, 12m, 3.5h, 2.1d."""
+    for unit, length in (("d", 86400), ("h", 3600)):
+        if seconds >= length:
+            return f"{seconds / length:.1f}{unit}"
+    return f"{seconds // 60:.0f}m" if seconds >= 60 else f"{seconds:.0f}s"
 
 
 @jobs_app.command()
@@ -88,15 +204,20 @@ def logs(job: JobId, address: Address = None, follow: Annotated[bool, typer.Opti
 
 @jobs_app.command()
 def status(job: JobId, address: Address = None, as_json: AsJson = False) -> None:
-    """One job: state, command, times, exit code."""
-    from cluster.jobs import describe
+    """One job: state, owner, command, resources, times, exit code, and what it waits for."""
+    from cluster.jobs import describe, waits_for
+    from cluster.nodes import remote_nodes
 
-    row = describe(_info(_client(address), job))
+    client = _client(address)
+    details = _info(client, job)
+    waits = waits_for(client, details, lambda: remote_nodes(dashboard_address(address)))
+    row = {**describe(details), "waits_for": waits}
     if as_json:
         print(json.dumps(row))
         return
     for key, value in row.items():
-        print(f"{key:<10} {'' if value is None else value}")
+        if value not in (None, ""):
+            print(f"{key:<10} {value}")
 
 
 @jobs_app.command()
@@ -144,6 +265,14 @@ def _custom(pairs: list[str]) -> dict[str, float]:
         return {name: float(amount) for name, amount in (pair.split("=", 1) for pair in pairs)}
     except ValueError:
         raise UserError(f"--resource {' '.join(pairs)}: write NAME=AMOUNT, for example mps=1") from None
+
+
+def _variables(pairs: list[str]) -> dict[str, str]:
+    parsed = [pair.partition("=") for pair in pairs]
+    for name, equals, _ in parsed:
+        if not equals or not name.isidentifier():
+            raise UserError(f"--env {name}: write NAME=VALUE")
+    return {name: value for name, _, value in parsed}
 
 
 def _check_command(command: list[str]) -> None:

@@ -204,22 +204,38 @@ def _choice(placement: Placement, nodes: Sequence[Node], rank: tuple[Any, ...]) 
 
 def _count(need: dict[str, float], have: Any) -> int:
     """How many workers of ``need`` a node with ``have`` holds at once."""
-    if not need:
+    if not any(need.values()):
         return 1_000_000
-    return min(math.floor(have.get(name, 0.0) / amount + ENOUGH) for name, amount in need.items())
+    return min(math.floor(have.get(name, 0.0) / amount + ENOUGH) for name, amount in need.items() if amount)
+
+
+def lacking(bundle: dict[str, float], label_selector: dict[str, str], nodes: Sequence[Node]) -> str:
+    """What of ``bundle`` is not free on the nodes that could hold it; empty where one could take it now."""
+    where = [
+        node
+        for node in nodes
+        if _count({**bundle, "memory": 0.0}, node.total) and label_selector.get(HOST, node.host) == node.host
+    ]
+    short = {node.host: _short(bundle, node) for node in where}
+    if not where:
+        return "no host that is up has it"
+    return "" if "" in short.values() else "; ".join(f"{host} has {text}" for host, text in short.items())
+
+
+def _short(need: dict[str, float], node: Node) -> str:
+    """What ``node`` has too little free of, where that is known."""
+    free = node.total if node.free is None else node.free
+    return ", ".join(
+        f"{max(0.0, free.get(name, 0.0)):g} of {node.total.get(name, 0.0):g} {name} free"
+        for name, amount in need.items()
+        if name != "memory" and free.get(name, 0.0) + ENOUGH < amount
+    )
 
 
 def _waiting(request: ResourceRequest, choice: _Choice, workers: int) -> str:
     """What is not free, host by host."""
     need = choice.placement.bundle()
-    lacks = []
-    for node in choice.where:
-        short = [
-            f"{max(0.0, (node.free or {}).get(name, 0.0)):g} of {node.total.get(name, 0.0):g} {name} free"
-            for name, amount in need.items()
-            if (node.free or {}).get(name, 0.0) + ENOUGH < amount
-        ]
-        lacks.append(f"{node.host} has {', '.join(short) or 'room for some'}")
+    lacks = [f"{node.host} has {_short(need, node) or 'room for some'}" for node in choice.where]
     count = f"{workers} x " if workers > 1 else ""
     return f"waits for {count}{request}: {'; '.join(lacks)}"
 

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from cluster.nodes import Node, member_nodes
-from cluster.placement import ENOUGH
+from cluster.placement import ENOUGH, Placement
 from serve.application import Deployed, causes, deploy, deployed, engine_log, remove, start_proxy
 from serve.availability import available
 from serve.engine import EnginePlace, ModelConfig, check_engine_arguments, engine_place, llm_config
@@ -119,6 +119,11 @@ def _quiet() -> None:
     """Keep Serve's and the HTTP client's notes of every step off the terminal; ``run.say`` tells what matters."""
     for name in ("ray.serve", "ray.llm", "httpx", "httpx2", "vllm"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def places(config: ServeConfig, nodes: Sequence[Node]) -> list[Placement]:
+    """Where the models would run. Raises UserError for models that the cluster can never hold all together."""
+    return [place.placement for place in _places(config.models, nodes).values()]
 
 
 def _places(models: list[ModelConfig], nodes: Sequence[Node]) -> dict[str, EnginePlace]:

@@ -11,13 +11,15 @@ import contextlib
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 import workloads.sft
-from cluster.placement import Placement
+from cluster.nodes import Node
+from cluster.placement import Placement, place
 from tune.space import Range, at_point, check_space
 from workbench.config import Config, dump
 from workbench.errors import Failure
@@ -60,8 +62,7 @@ class SweepConfig(Config):
         if self.resources is not None and self.config.resources != self.resources:
             if self.config.resources is not None:
                 raise ValueError("resources and config.resources differ: give one of them")
-            shared = self.config.model_dump(exclude_unset=True) | {"resources": self.resources}
-            self.__dict__["config"] = TrialConfig.model_validate(shared)
+            self.__dict__["config"] = self.config.asking_for(self.resources)
         return self
 
     @model_validator(mode="after")
@@ -79,6 +80,11 @@ def check(config: SweepConfig) -> None:
     """Raise UserError for a space that the workload does not have, and for what the workload refuses."""
     check_space(config.config, config.space)
     workloads.sft.check(config.config)
+
+
+def places(config: SweepConfig, nodes: Sequence[Node]) -> list[Placement]:
+    """Where a trial would run. Raises UserError where no host can hold one."""
+    return [place(config.config.request(), nodes)]
 
 
 def run(config: SweepConfig, run: Run) -> Summary:

@@ -4,8 +4,10 @@ This is the only module of ``workbench`` that looks upward. The commands of a ru
 what is imported here is light, so that ``--help`` needs neither torch nor ray.
 """
 
+import importlib
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -13,9 +15,13 @@ from typer._click import Context, HelpFormatter  # typer carries its own click
 from typer._click.exceptions import ClickException
 
 from cluster import cluster_cli, jobs_cli, runs_remote_cli
-from workbench.commands import Command, execute
+from cluster.nodes import Node
+from cluster.placement import place
+from workbench.commands import Command, execute, parse_arguments
+from workbench.config import CHECKOUT, Config, load
 from workbench.errors import Failure, UserError
 from workbench.interpreter import leave_spaces_behind
+from workbench.resources import Placed
 from workbench.runs_cli import runs_app
 
 GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
@@ -140,7 +146,54 @@ def demo(
     print(NEXT_LINES, file=sys.stderr)
 
 
-app.command()(jobs_cli.submit)
+def _parsed(line: Sequence[str]) -> tuple[Any, Config] | None:
+    """The module and the config of a command line, or None for one that has no config; its inputs are not visited."""
+    command = GROUPS.get(line[0], ("", {}))[1].get(line[1]) if len(line) > 1 else None
+    if command is None:
+        return None
+    words = iter(line[2:])
+    arguments = []
+    for word in words:
+        if word == "--name":
+            next(words, "")
+        elif not word.startswith("--"):
+            arguments.append(word)
+    file, overrides = parse_arguments(command, arguments)
+    if file is not None and file.is_absolute() and not file.exists():
+        return None  # it lies on the cluster
+    file = CHECKOUT / file if file else None
+    return importlib.import_module(command.module), load(command.schema(), file, overrides, visit_paths=False)
+
+
+def _takes_resources(line: Sequence[str]) -> bool:
+    command = GROUPS.get(line[0], ("", {}))[1].get(line[1]) if len(line) > 1 else None
+    return command is not None and "resources" in command.schema().model_fields
+
+
+def _places(line: Sequence[str], nodes: Sequence[Node]) -> list[str]:
+    """What the workers of a command line must wait for. Raises UserError for what no host can ever give them."""
+    parsed = _parsed(line)
+    if parsed is None:
+        return []
+    module, config = parsed
+    if hasattr(module, "places"):
+        return [placement.waits for placement in module.places(config, nodes) if placement.waits]
+    if isinstance(config, Placed):
+        waits = place(config.request(), nodes, workers=getattr(config, "workers", 1)).waits
+        return [waits] if waits else []
+    return []
+
+
+def _requests(line: Sequence[str]) -> str:
+    """What the workers of a command line ask for, in words."""
+    parsed = _parsed(line)
+    if parsed is None or not isinstance(parsed[1], Placed):
+        return ""
+    workers = getattr(parsed[1], "workers", 1)
+    return (f"{workers} x " if workers > 1 else "") + f"({parsed[1].request()})"
+
+
+app.command()(jobs_cli.submit_command(jobs_cli.CommandFacts(_takes_resources, _places, _requests)))
 app.add_typer(jobs_cli.jobs_app, name="jobs")
 app.add_typer(cluster_cli.cluster_app, name="cluster")
 runs_app.command("list")(runs_remote_cli.list_runs)

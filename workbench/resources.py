@@ -13,7 +13,7 @@
 
 import math
 import re
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -188,6 +188,12 @@ class Placed(Config):
                 raise ValueError(f"a worker needs CPUs: give resources.cpu above 0, or leave it to {cpus}")
             self.__dict__[cpus] = self.resources.cpu
         return self
+
+    def asking_for(self, resources: ResourceRequest) -> Self:
+        """A copy whose workers get ``resources``. Raises ValueError where the config contradicts them."""
+        copy = self.model_copy(update={"resources": resources})
+        copy._amounts_of_the_request()
+        return copy
 
     def request(self) -> ResourceRequest:
         """What one worker asks for: ``resources`` with the CPUs filled in, or the amounts in its terms."""
