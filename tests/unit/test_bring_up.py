@@ -8,8 +8,10 @@ import shutil
 import stat
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -195,23 +197,24 @@ def test_nft_loads_the_rules_and_loads_them_again(three: Inventory, tmp_path: Pa
 
 
 @pytest.fixture
-def host(tmp_path: Path) -> Path:
+def host(tmp_path: Path) -> Iterator[Path]:
     """The folder of a head whose environment's ``python`` writes its arguments and its Ray variables to a file."""
     python = tmp_path / "env/bin/python"
     python.parent.mkdir(parents=True)
-    python.write_text(
-        f'#!/bin/sh\n{{ pwd; printf "%s\\n" "$@"; env | grep -E "^(RAY_|WORKBENCH_)"; }} >{tmp_path}/ran\n'
-    )
+    told = 'pwd; printf "%s\\n" "$@"; env | grep -E "^(RAY_|WORKBENCH_)"'
+    python.write_text(f"#!/bin/sh\n{{ {told}; }} >{tmp_path}/ran\n")
     python.chmod(0o755)
     inventory = one_host(folder=str(tmp_path / "wb"), environment=str(tmp_path / "env"))
-    inventory = inventory.model_copy(update={"token_file": str(tmp_path / "token")})
+    name = f"test-{os.getpid()}"
+    inventory = inventory.model_copy(update={"name": name, "token_file": str(tmp_path / "token")})
     (tmp_path / "token").write_text(TOKEN)
     for file in host_files(inventory, "only"):
         path = Path(file.path) if file.path.startswith("/") else tmp_path / "home" / file.path[2:]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(file.content)
         path.chmod(file.mode)
-    return tmp_path / "wb"
+    yield tmp_path / "wb"
+    shutil.rmtree(f"/tmp/workbench-{name}-{os.getuid()}", ignore_errors=True)
 
 
 def start(host: Path) -> str:
@@ -237,7 +240,7 @@ def test_the_start_script_becomes_ray_with_the_rendered_variables(host: Path) ->
 
 def test_a_long_home_gets_a_short_folder_for_rays_sockets(host: Path) -> None:
     temp = temp_of(host)
-    assert temp == Path(f"/tmp/workbench-home-{os.getuid()}")
+    assert temp == Path(f"/tmp/workbench-test-{os.getpid()}-{os.getuid()}")
     assert stat.S_IMODE(temp.stat().st_mode) == 0o700
     assert f"--temp-dir={temp}" in (host.parent / "ran").read_text()
 
@@ -332,13 +335,11 @@ def test_a_new_host_rewrites_the_others_firewall_without_a_restart(three: Invent
         ({"running": None}, "the token changed"),
     ],
 )
-def test_ray_restarts_when_it_is_not_what_the_files_say(
-    three: Inventory, change: dict[str, object], reason: str
-) -> None:
+def test_ray_restarts_when_it_is_not_what_the_files_say(three: Inventory, change: dict[str, Any], reason: str) -> None:
     state = as_rendered(three, "linux-box")
     if "running" in change and change["running"] is None:
         change = {"running": (state.running[0], "0" * 16)}
-    plan = make_plan(three, "linux-box", host_files(three, "linux-box"), replace(state, **change), TOKEN)  # type: ignore[arg-type]
+    plan = make_plan(three, "linux-box", host_files(three, "linux-box"), replace(state, **change), TOKEN)
     assert plan.reasons == [reason]
 
 
@@ -356,8 +357,9 @@ def test_a_folder_of_another_cluster_is_left_alone(three: Inventory) -> None:
 
 
 def test_what_a_host_reports_is_read_back() -> None:
-    said = "file 1 abc 600\ncluster home\nrunning r1 f1\nenvironment yes\nsupervisor active\nversions 3.11.2 2.60.0 2.13.0\nlog a b\n"
-    state = parse(said, ["~/x", "~/y"])
+    said = ["file 1 abc 600", "cluster home", "running r1 f1", "environment yes", "supervisor active"]
+    said += ["versions 3.11.2 2.60.0 2.13.0", "log a b"]
+    state = parse("\n".join(said), ["~/x", "~/y"])
     assert state.files == {"~/y": FileState("abc", 0o600)}
     assert (state.cluster, state.running, state.environment) == ("home", ("r1", "f1"), True)
     assert state.versions == {"python": "3.11.2", "ray": "2.60.0", "torch": "2.13.0"}
