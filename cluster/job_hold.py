@@ -46,7 +46,7 @@ def main() -> int:
         left = held["retries"] + 1 - number
         if code in (0, UserError.exit_code, STOPPED_EXIT_CODE):
             return code  # done, a mistake that stays one, or somebody's wish
-        print(f"{attempt} ended with exit code {code}; " + (f"{left} more to try" if left else "no more to try"),
+        print(f"{attempt} ended with exit code {code}; " + f"{left} left to try",
               flush=True)  # fmt: skip
     return code
 

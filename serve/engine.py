@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
+from cluster.job_secrets import HOOK, secret_names
 from cluster.nodes import Node
 from cluster.placement import KEEP_VISIBLE, Placement, place
 from workbench.config import UNVISITED, resolve_path
@@ -156,6 +157,7 @@ def llm_config(model: ModelConfig, place: EnginePlace) -> "LLMConfig":
         variables["OMP_NUM_THREADS"] = str(model.threads)
     if device == "gpu":
         variables |= KEEP_VISIBLE  # the replica itself holds no card, and looks at them
+    hook = {"worker_process_setup_hook": HOOK} if secret_names() else {}  # Ray Serve LLM would put its own there
     only = place.placement.label_selector
     selector = {"placement_group_bundle_label_selector": [only] * len(place.bundles)} if only else {}
     single = device == "cpu" and workers(model) == 1
@@ -166,7 +168,7 @@ def llm_config(model: ModelConfig, place: EnginePlace) -> "LLMConfig":
         accelerator_config={"kind": "cpu" if place.inside else device},
         placement_group_config={"bundles": place.bundles, "strategy": "STRICT_PACK" if selector else "PACK"},
         engine_kwargs={**(CPU_ENGINE if device == "cpu" else {}), **model.engine},
-        runtime_env={"env_vars": {**variables, **model.environment, **place.placement.env_vars}},
+        runtime_env={"env_vars": {**variables, **model.environment, **place.placement.env_vars}, **hook},
         deployment_config={
             "num_replicas": model.replicas,
             "max_constructor_retry_count": 1,  # a model that cannot load will not load the third time either

@@ -171,8 +171,12 @@ class Placed(Config):
 
     @model_validator(mode="after")
     def _amounts_of_the_request(self) -> "Placed":
+        self._take_amounts()
+        return self
+
+    def _take_amounts(self) -> None:
         if self.resources is None:
-            return self
+            return
         if self.resources.gpus is not None and not self.several:
             raise ValueError("a worker of this command takes one card: give resources.gpu")
         cpus, gpus = self.amounts
@@ -187,12 +191,11 @@ class Placed(Config):
             if not self.resources.cpu:
                 raise ValueError(f"a worker needs CPUs: give resources.cpu above 0, or leave it to {cpus}")
             self.__dict__[cpus] = self.resources.cpu
-        return self
 
     def asking_for(self, resources: ResourceRequest) -> Self:
         """A copy whose workers get ``resources``. Raises ValueError where the config contradicts them."""
         copy = self.model_copy(update={"resources": resources})
-        copy._amounts_of_the_request()
+        copy._take_amounts()
         return copy
 
     def request(self) -> ResourceRequest:

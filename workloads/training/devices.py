@@ -18,7 +18,8 @@ class _OwnList(_TorchBackend):
 
 class _CardOfLocalRank(TorchConfigContextManager):
     def __enter__(self) -> None:
-        torch.cuda.set_device(_local_rank())
+        if torch.cuda.is_available():
+            torch.cuda.set_device(_local_rank())
 
 
 class CardsByEnvironment(TorchConfig):
