@@ -25,7 +25,7 @@ def check_driver(inventory: Inventory, seen: Seen) -> Iterator[Row]:
         built = facts.environment.torch_cuda if facts.environment else None
         packages = facts.environment.packages if facts.environment else {}
         if host.cards and "torch" in packages and built is None:
-            yield Row(name, "driver", "failed", f"{about}; torch {packages['torch']} cannot use it", "torch with CUDA",
+            yield Row(name, "driver", "warning", f"{about}; torch {packages['torch']} cannot use it", "torch with CUDA",
                       f"{UP}, or in its own environment: pip install torch with CUDA")  # fmt: skip
         elif built and facts.nvidia.cuda and _major(built) > _major(facts.nvidia.cuda):
             yield Row(name, "driver", "failed", about, f"CUDA {built}, for which its torch is built",

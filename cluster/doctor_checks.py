@@ -297,9 +297,8 @@ def _readable_by_others(name: str, host: Host, check: str, path: str, file: Secr
 
 
 def _ports_of(inventory: Inventory, name: str) -> dict[int, str]:
-    """Every port that Ray opens on ``name``, by the inventory's key."""
+    """Every port that Ray must have on ``name``, by the inventory's key; workers' it skips if taken."""
     ports = inventory.ports
     on_head_alone = {"gcs", "dashboard", "client"}
     keys = [key for key in type(ports).model_fields if key != "workers"]
-    single = {getattr(ports, key): key for key in keys if name == inventory.head or key not in on_head_alone}
-    return dict.fromkeys(range(ports.workers[0], ports.workers[1] + 1), "workers") | single
+    return {getattr(ports, key): key for key in keys if name == inventory.head or key not in on_head_alone}

@@ -142,7 +142,6 @@ class Facts(Config):
 def asked_of(inventory: Inventory, host: Host, salt: str) -> dict[str, Any]:
     """What the probe must know to look in the right places of ``host``."""
     ports = inventory.ports
-    single = [getattr(ports, name) for name in type(ports).model_fields if name != "workers"]
     return {
         "environment": environment_folder(host),
         "interpreter": host.python,
@@ -151,7 +150,7 @@ def asked_of(inventory: Inventory, host: Host, salt: str) -> dict[str, Any]:
         "token_file": inventory.token_file,
         "secrets_file": inventory.secrets_file,
         "salt": salt,
-        "ports": [*single, list(ports.workers)],
+        "ports": [getattr(ports, name) for name in type(ports).model_fields if name != "workers"],
     }
 
 

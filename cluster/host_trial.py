@@ -65,7 +65,9 @@ def answer(listener: socket.socket, word: str) -> None:
             return
         with caller:
             try:
+                caller.settimeout(CONNECT_SECONDS)
                 caller.sendall(word.encode())
+                caller.recv(1)  # who closes first keeps the port for a minute: let that be the caller's
             except OSError:
                 continue
 

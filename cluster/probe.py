@@ -270,11 +270,10 @@ def secret(path: str, salt: str) -> dict[str, Any]:
     return {"exists": True, "mode": mode, "owned": status.st_uid == os.getuid(), "digest": digest}
 
 
-def listening(ports: list[Any]) -> list[dict[str, Any]]:
-    """Which of ``ports`` (numbers, or pairs first and last) something listens on, and the program where it is known."""
-    pairs = [tuple(entry) if isinstance(entry, list) else (entry, entry) for entry in ports]
+def listening(ports: list[int]) -> list[dict[str, Any]]:
+    """Which of ``ports`` something listens on, and the program where it is known."""
     found = mac_sockets() if sys.platform == "darwin" else linux_sockets()
-    return [entry for entry in found if any(first <= entry["port"] <= last for first, last in pairs)]
+    return [entry for entry in found if entry["port"] in ports]
 
 
 def linux_sockets() -> list[dict[str, Any]]:
