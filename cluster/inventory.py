@@ -132,7 +132,7 @@ class Inventory(Config):
     secrets_file: str = Field(
         default="~/.workbench/secrets.env", description="NAME=VALUE lines on every host, 0600; jobs ask for names"
     )
-    ports: Ports = Field(default=Ports(), description="ports")
+    ports: Ports = Field(default=Ports(), description="what Ray opens; the same on every host")
     keep_sessions_days: int = Field(default=7, ge=1, description="older Ray session folders are deleted at start")
     open_cluster: bool = Field(default=False, description="true: no token authentication at all")
 

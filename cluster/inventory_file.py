@@ -4,9 +4,11 @@ commented out.
     text = annotated(three_machines("ada"))
 """
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
+import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -87,7 +89,7 @@ def _model(
         value = getattr(model, key)
         given = key in model.model_fields_set
         if isinstance(value, Ports):
-            yield f"\n# {field.description}; the defaults are:" if not given else f"\nports:  # {field.description}"
+            yield f"\n{'' if given else '# '}ports:  # {field.description}"
             yield from _ports(value, given)
         elif given and key == "hosts":
             yield f"\nhosts:  # {field.description}"
@@ -109,7 +111,7 @@ def _model(
             if not indent and (key == "storage" or key == "keep_sessions_days"):
                 yield ""
                 yield from ([f"# {notes[key]}"] if key in notes else [])
-            yield _line(indent if given else f"{indent}# ", key, _scalar(key, value), field if first else None)
+            yield _line(indent if given else f"{indent}# ", key, _scalar(key, value, given), field if first else None)
 
 
 def _card(card: Card, indent: str, explained: set[type[BaseModel]], notes: dict[str, str]) -> Iterator[str]:
@@ -119,8 +121,6 @@ def _card(card: Card, indent: str, explained: set[type[BaseModel]], notes: dict[
 
 
 def _ports(ports: Ports, given: bool) -> Iterator[str]:
-    if not given:
-        yield "# ports:"
     for key, field in type(ports).model_fields.items():
         own = given and key in ports.model_fields_set
         value = getattr(ports, key)
@@ -136,17 +136,19 @@ def _flow(link: PcieLink) -> str:
     return f"{{generation: {link.generation}, width: {link.width}}}"
 
 
-def _scalar(key: str, value: Any) -> str:
+def _scalar(key: str, value: Any, given: bool) -> str:
+    """A value as YAML on one line; of a default that is worked out, an example."""
     if value is None:
-        return str(EXAMPLES[key])
-    if isinstance(value, bool):
-        return str(value).lower()
+        return "null" if given else str(EXAMPLES[key])
     if isinstance(value, float):
         return f"{value:g}"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f'"{name}": "{text}"' for name, text in value.items()) + "}"
-    if isinstance(value, list):
-        return "[]"
-    if isinstance(value, int):
-        return str(value)
-    return value if value and not any(letter in value for letter in ":#{}[],&*?|<>=!%@\\'\"`") else f'"{value}"'
+    if isinstance(value, str) and value and _reads_as_written(value):
+        return value
+    return json.dumps(value)
+
+
+def _reads_as_written(text: str) -> bool:
+    try:
+        return bool(yaml.safe_load(f"- {text}") == [text])
+    except yaml.YAMLError:
+        return False
