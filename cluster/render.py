@@ -12,19 +12,12 @@ from dataclasses import dataclass
 
 from cluster import firewall, supervisors
 from cluster.environments import environment_folder
+from cluster.health import CONNECTIONS, CONTROL_STORE
 from cluster.inventory import GIB, Host, Inventory
 from cluster.labels import host_labels, host_resources, plain_cards
 from cluster.start_script import shell_path, start_script
 from workbench.errors import UserError
 from workbench.session import QUIET
-
-HEALTH = {
-    "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "3",
-}
-"""The head finds a dead process in about 3 s and a cut link in about 9 s; Ray's defaults are 15 s and a minute."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +114,9 @@ def host_environment(inventory: Inventory, name: str, *, open_cluster: bool = Fa
         variables["RAY_AUTH_MODE"] = "disabled"
     else:
         variables |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": shell_path(inventory.token_file)}
-    variables |= QUIET
+    variables |= QUIET | CONNECTIONS
     if name == inventory.head:
-        variables |= HEALTH
+        variables |= CONTROL_STORE
         variables |= {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": shell_path(f"{host.folder}/gcs")}
     if host.cards:
         cards = [card.uuid or str(host.cards.index(card)) for card in plain_cards(host)]

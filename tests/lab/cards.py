@@ -1,6 +1,6 @@
 """Cards of a lab host: what its stand-in for NVIDIA's driver library shows, and how a test changes it.
 
-    write_cards(host.path("/etc/nvidia-cards"), [replace(card, utilization=80)])
+write_cards(host.path("/etc/nvidia-cards"), [replace(card, utilization=80)])
 """
 
 import os
@@ -16,7 +16,10 @@ HEAD = ("driver", "cuda", "p2p")
 
 @dataclass(frozen=True)
 class Card:
-    """One card; sizes in bytes, PCIe counters in KiB/s, power in mW, clocks in MHz. None: the card has no such sensor."""
+    """One card; sizes in bytes, PCIe counters in KiB/s, power in mW, clocks in MHz.
+
+    None: the card has no such sensor.
+    """
 
     name: str
     uuid: str

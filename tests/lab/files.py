@@ -66,9 +66,7 @@ def write_home(home: Path, name: str, addresses: Mapping[str, str], keys: Path) 
     ssh.mkdir(parents=True, mode=0o700)
     if name == LAPTOP:
         shutil.copy(keys / "user", ssh / "id_ed25519")
-        known = [
-            f"{host},{address} {(keys / f'host-{host}.pub').read_text()}" for host, address in addresses.items()
-        ]
+        known = [f"{host},{address} {(keys / f'host-{host}.pub').read_text()}" for host, address in addresses.items()]
         _write(ssh / "known_hosts", "".join(known))
     else:
         _write(ssh / "authorized_keys", (keys / "user.pub").read_text(), 0o600)

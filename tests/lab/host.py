@@ -1,9 +1,9 @@
 """One host of the lab: namespaces of its own with Debian's sshd and runit in them.
 
-    host.run("ray status")                  # as the host's user
-    host.run("umount /srv/storage", root=True)
-    host.kill("raylet")
-    host.shift_clock(90)
+host.run("ray status")                  # as the host's user
+host.run("umount /srv/storage", root=True)
+host.kill("raylet")
+host.shift_clock(90)
 """
 
 import os
@@ -70,13 +70,13 @@ class Host:
 
     def processes(self, words: str) -> dict[int, str]:
         """Command lines that contain ``words``, by the process id on the machine."""
-        ours = os.readlink(f"/proc/{self.pid}/ns/pid")
+        ours = Path(f"/proc/{self.pid}/ns/pid").readlink()
         found = {}
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit():
                 continue
             try:
-                if os.readlink(entry / "ns/pid") != ours:
+                if (entry / "ns/pid").readlink() != ours:
                     continue
                 line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
             except OSError:  # it has ended
