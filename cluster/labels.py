@@ -36,7 +36,7 @@ def host_labels(name: str, host: Host) -> dict[str, str]:
         prefix = f"workbench.card{index}"
         labels |= {
             f"{prefix}.model": card.model,
-            f"{prefix}.uuid": card.uuid,
+            f"{prefix}.uuid": seen_as(host, index),
             f"{prefix}.memory-gb": f"{card.memory_gb:g}",
             f"{prefix}.kind": "reserved" if host.is_reserved(card) else "plain",
         }
@@ -51,9 +51,9 @@ def host_resources(host: Host) -> dict[str, float]:
     """
     resources: dict[str, float] = dict(Counter(card.model for card in host.cards))
     reserved = Counter(card.model for card in host.cards if host.is_reserved(card))
-    for card in host.cards:
+    for index, card in enumerate(host.cards):
         if host.is_reserved(card) and reserved[card.model] > 1:
-            resources[card_resource(card.uuid)] = 1.0
+            resources[card_resource(seen_as(host, index))] = 1.0
     if host.mps:
         resources[MPS] = float(host.mps)
     return {name: float(amount) for name, amount in resources.items()}
@@ -62,6 +62,11 @@ def host_resources(host: Host) -> dict[str, float]:
 def plain_cards(host: Host) -> list[Card]:
     """The cards that Ray counts as ``GPU``: what the raylet's CUDA_VISIBLE_DEVICES lists."""
     return [card for card in host.cards if not host.is_reserved(card)]
+
+
+def seen_as(host: Host, index: int) -> str:
+    """How CUDA_VISIBLE_DEVICES names a card: by UUID, or by its place in NVML's order where the inventory has none."""
+    return host.cards[index].uuid or str(index)
 
 
 def card_resource(uuid: str) -> str:

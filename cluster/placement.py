@@ -141,7 +141,7 @@ def _one_card(request: ResourceRequest, base: Placement, nodes: Sequence[Node]) 
         placement = replace(base, num_gpus=share, resources={model: share}, label_selector=selector)
         yield _choice(placement, holders, (False, memory))
     for node, card in fits:
-        if not card.reserved or not card.uuid:
+        if not card.reserved:
             continue
         resources = {card.model: share}
         if sum(other.model == card.model and other.reserved for other in node.cards) > 1:

@@ -153,15 +153,50 @@ def test_a_secret_reaches_the_job_and_its_workers_and_nothing_that_can_be_read(
     assert not [file for file in logs_of(head) if secret in file.read_text(errors="replace")]
 
 
+def test_the_replica_of_a_served_model_has_its_jobs_secrets(head: ClusterAddress, tmp_path: Path, secret: str) -> None:
+    """Ray Serve LLM has a worker hook of its own, which must not take ours away."""
+    pytest.importorskip("vllm")
+    script = tmp_path / "serve_probe.py"
+    script.write_text(SERVE_PROBE)
+    arguments = JobSpec(LIST, tmp_path, secrets=["LAB_SECRET"]).arguments()
+    client = job_client(head)
+    written: list[str] = []
+    job = request_job(client, "serving", {**arguments, "entrypoint": f"{sys.executable} {script}"})
+    assert follow(client, job, written.append) == 0, "".join(written)
+    assert f"replica {hashlib.sha256(secret.encode()).hexdigest()}" in "".join(written)
+
+
+PROBE = """
+import hashlib, os, ray
+@ray.remote
+def look():
+    return hashlib.sha256(os.environ["LAB_SECRET"].encode()).hexdigest()
+ray.init()
+print("worker", ray.get(look.remote()))
+"""
+SERVE_PROBE = """
+import hashlib, os, ray
+from ray import serve
+from ray.llm._internal.serve.core.server.llm_server import LLMServer
+from cluster.nodes import member_nodes
+from serve.engine import ModelConfig, engine_place, llm_config
+@serve.deployment
+class Replica:
+    def __call__(self):
+        return hashlib.sha256(os.environ["LAB_SECRET"].encode()).hexdigest()
+ray.init()
+model = ModelConfig(name="m", source="owner/model", cpus=0.1)
+options = LLMServer.get_deployment_options(llm_config(model, engine_place(model, member_nodes())))
+handle = serve.run(Replica.options(**options).bind(), name="probe", route_prefix=None)
+print("replica", handle.remote().result(timeout_s=60))
+serve.shutdown()
+"""
+
+
 def write_probe(folder: Path) -> Path:
     """A script that says the digest of the secret that a worker has."""
     script = folder / "probe.py"
-    script.write_text(
-        "import hashlib, os, ray\n"
-        "@ray.remote\n"
-        "def look():\n    return hashlib.sha256(os.environ['LAB_SECRET'].encode()).hexdigest()\n"
-        "ray.init()\nprint('worker', ray.get(look.remote()))\n"
-    )
+    script.write_text(PROBE)
     return script
 
 

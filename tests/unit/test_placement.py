@@ -121,6 +121,12 @@ def test_alike_reserved_cards_of_a_host_are_told_apart() -> None:
     assert placed(on=[alone], gpu="a100").visible == "GPU-bb"
 
 
+def test_a_card_without_a_uuid_is_seen_by_its_place() -> None:
+    cards = [card("t4", 16, ""), card("a100", 80, "")]
+    host = Host(address="x", user="u", os="linux", cpus=8, cards=cards)
+    assert placed(on=[node("x", host)], gpu="a100").visible == "1"
+
+
 def test_labels_tell_of_every_card_again() -> None:
     for each in nodes():
         assert [one.uuid for one in each.cards] == [one.uuid for one in INVENTORY.hosts[each.host].cards]
