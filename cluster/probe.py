@@ -49,6 +49,7 @@ print(json.dumps({"python": platform.python_version(), "packages": found, "torch
 PYTHONS = ("python3", "python3.11", "python3.12", "python3.13", "~/.workbench/python/bin/python3")
 ELSEWHERE = "/opt/homebrew/bin:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 SWITCHES = ("RAY_AUTH_MODE", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "NCCL_P2P_DISABLE")
+FIREWALL = "/usr/libexec/ApplicationFirewall/socketfilterfw"
 LISTEN = "0A"
 INSUFFICIENT_SIZE = 7
 WAIT_SECONDS = 5
@@ -353,24 +354,24 @@ def shared_mounts() -> list[str]:
 def macos() -> dict[str, Any]:
     """What makes a Mac a good member: sleep and firewall."""
     return {
-        "sleep_minutes": attempt("sleep", sleep_minutes),
-        "firewall": attempt("firewall", firewall),
+        "sleep_minutes": attempt("sleep", lambda: sleep_minutes(output("pmset", "-g", "custom"))),
+        "firewall": attempt(
+            "firewall", lambda: firewall(output(FIREWALL, "--getglobalstate"), output(FIREWALL, "--getblockall"))
+        ),
     }
 
 
-def sleep_minutes() -> int | None:
-    """Minutes until an idle Mac on mains power sleeps; 0: never."""
-    settings = output("pmset", "-g", "custom").split("AC Power:")[-1]
-    found = re.search(r"^\s*sleep\s+(\d+)", settings, re.M)
+def sleep_minutes(settings: str) -> int | None:
+    """Minutes until an idle Mac on mains power sleeps, 0 for never, from ``pmset -g custom``."""
+    found = re.search(r"^\s*sleep\s+(\d+)", settings.split("AC Power:")[-1], re.M)
     return int(found.group(1)) if found else None
 
 
-def firewall() -> str:
-    """off, on, or blocks all."""
-    tool = "/usr/libexec/ApplicationFirewall/socketfilterfw"
-    if re.search(r"disabled|State = 0", output(tool, "--getglobalstate"), re.I):
+def firewall(state: str, block_all: str) -> str:
+    """off, on, or blocks all, from what the firewall's tool says of both."""
+    if re.search(r"disabled|State = 0", state, re.I):
         return "off"
-    return "blocks all" if re.search(r"enabled", output(tool, "--getblockall"), re.I) else "on"
+    return "blocks all" if re.search(r"enabled", block_all, re.I) else "on"
 
 
 def ray_variables(folder: str) -> dict[str, str] | None:

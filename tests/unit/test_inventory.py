@@ -99,7 +99,7 @@ def test_an_unknown_key_names_file_line_and_nearest_key(tmp_path: Path) -> None:
         ("192.168.1.12", "192.168.1.10", "two hosts have one address"),
         ("storage: /srv/workbench", "storage: srv", "give an absolute path that all hosts mount, or s3://"),
         ("width: 8}", "width: 7}", "hosts.linux-box.cards.0.pcie.width"),
-        ("    mps: 1", "    mps: 1\n    cards: [{model: m4, memory_gb: 1, pcie: {generation: 4, width: 8}}]", "a Mac has no"),
+        ("    mps: 1", "    cards: [{model: m, memory_gb: 1, pcie: {generation: 4, width: 8}}]", "a Mac has no"),
         ("model: rtx-5090", "model: RTX 5090", "hosts.system-a.cards.0.model"),
     ],
 )
