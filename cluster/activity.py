@@ -8,13 +8,16 @@ import contextlib
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from cluster.job_client import job_client
 from cluster.labels import HOST
 from workbench.errors import Failure
 from workbench.session import ClusterAddress
 
-ASK_SECONDS = 20
+ALL: dict[str, Any] = {"timeout": 20, "limit": 10_000, "raise_on_missing_output": False}
+"""A head that came back with its state counts the nodes of before as missing from the answer, and would raise."""
+
 AT_WORK = ("PENDING", "RUNNING")
 
 
@@ -56,9 +59,7 @@ def live_nodes(cluster: ClusterAddress) -> list[LiveNode]:
 
     try:
         with _silent():
-            states = list_nodes(
-                cluster.dashboard, filters=[("state", "=", "ALIVE")], detail=True, timeout=ASK_SECONDS, limit=1000
-            )
+            states = list_nodes(cluster.dashboard, filters=[("state", "=", "ALIVE")], detail=True, **ALL)
     except Exception as error:
         raise Failure(f"{cluster.dashboard} does not tell its nodes: {error}") from None
     return [
@@ -95,8 +96,8 @@ def _places(cluster: ClusterAddress) -> dict[str, set[str]]:
 
     places: dict[str, set[str]] = {}
     with _silent():
-        actors = list_actors(cluster.dashboard, filters=[("state", "=", "ALIVE")], timeout=ASK_SECONDS, limit=10_000)
-        tasks = list_tasks(cluster.dashboard, filters=[("state", "=", "RUNNING")], timeout=ASK_SECONDS, limit=10_000)
+        actors = list_actors(cluster.dashboard, filters=[("state", "=", "ALIVE")], **ALL)
+        tasks = list_tasks(cluster.dashboard, filters=[("state", "=", "RUNNING")], **ALL)
     for one in (*actors, *tasks):
         if one.node_id:
             places.setdefault(one.job_id, set()).add(one.node_id)
