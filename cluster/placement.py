@@ -140,6 +140,11 @@ def _one_card(request: ResourceRequest, base: Placement, nodes: Sequence[Node]) 
             selector = {HOST: f"in({','.join(node.host for node in holders)})"}
         placement = replace(base, num_gpus=share, resources={model: share}, label_selector=selector)
         yield _choice(placement, holders, (False, memory))
+    fitting = {card.model for _, card in fits if not card.reserved}
+    if len(fitting) > 1:  # several workers may take cards of several models
+        holders = [node for node in nodes if _plain_models(node) and _plain_models(node) <= fitting]
+        selector = {HOST: f"in({','.join(node.host for node in holders)})"}
+        yield _choice(replace(base, num_gpus=share, label_selector=selector), holders, (False, math.inf))
     for node, card in fits:
         if not card.reserved:
             continue

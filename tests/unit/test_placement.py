@@ -48,6 +48,11 @@ def test_a_size_takes_a_larger_plain_card_where_the_smallest_is_held() -> None:
     assert (set(placement.resources), placement.waits) == ({"rtx-5090"}, "")
 
 
+def test_workers_that_ask_for_a_size_may_take_cards_of_several_models() -> None:
+    placement = placed(workers=2, gpu={"memory": ">=12GB"})
+    assert (placement.bundle(), placement.label_selector) == ({"GPU": 1}, {HOST: "in(system-a,linux-box)"})
+
+
 def test_all_on_a_host_is_every_card_and_all_are_seen() -> None:
     placement = placed(gpus="all on system-a")
     assert placement.bundle() == {"GPU": 1, "rtx-5090": 1, "rtx-pro-6000": 1}
@@ -185,12 +190,14 @@ def test_a_placement_is_on_a_host_that_has_it_and_sees_no_other_card(
         assert seen.memory_gb >= request.gpu.memory_gb
     elif request.gpu is not None:
         assert placement.num_gpus == 1
-        if request.gpu.model or request.gpu.memory:
-            assert all(MODELS[name] >= request.gpu.memory_gb for name in placement.resources)
-            for each in able:  # whichever of its plain cards Ray hands out is of the model
-                allowed = placement.label_selector.get(HOST, each.host)
-                if each.host in allowed.removeprefix("in(").removesuffix(")").split(","):
-                    assert {one.model for one in each.cards if not one.reserved} == set(placement.resources)
+        for each in able:  # whichever of its plain cards Ray hands out is one that was asked for
+            allowed = placement.label_selector.get(HOST, each.host)
+            if each.host in allowed.removeprefix("in(").removesuffix(")").split(","):
+                assert all(
+                    request.gpu.model in ("", one.model) and one.memory_gb >= request.gpu.memory_gb
+                    for one in each.cards
+                    if not one.reserved
+                )
     if not placement.waits:
         free = sum(
             min((int(each.free.get(n, 0) / a + 1e-6) for n, a in need.items()), default=99)
