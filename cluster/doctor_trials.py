@@ -63,7 +63,7 @@ def check_storage(inventory: Inventory, seen: Seen) -> Iterator[Row]:
         facts = seen.facts[name]
         unread = {writer: why for writer, why in seen.reads.get(name, {}).items() if why}
         if reason:
-            yield Row(name, "storage", "failed", f"cannot write to {where}: {reason}", "writable",
+            yield Row(name, "storage", "failed", f"cannot write to {where}: {reason.partition(' (Request')[0]}", "writable",
                       _writable(where, reason, inventory, inventory.hosts[name]))  # fmt: skip
         elif unread:
             told = "; ".join(f"{writer}'s file: {why}" for writer, why in unread.items())
@@ -91,6 +91,8 @@ def _opened(inventory: Inventory, name: str, host: Host, source: Host, ports: li
 
 def _writable(where: str, reason: str, inventory: Inventory, host: Host) -> str:
     if where.startswith("s3://"):
+        if "NO_SUCH_BUCKET" in reason:
+            return f"make the bucket, or correct storage: {where} in the inventory"
         if "pyarrow" in reason:
             return "workbench cluster up    (its environment has pyarrow)"
         return (

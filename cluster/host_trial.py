@@ -98,7 +98,8 @@ def one_connection(address: str, port: int, word: str) -> str:
 
 
 def write(folder: str, name: str, secrets_file: str) -> dict[str, Any]:
-    """Write a megabyte of random bytes below ``folder``, and its digest; removed at the end."""
+    """Write a megabyte of random bytes below ``folder``, and its digest; removed at the end. (An object store may keep
+    an empty object of the folder's name.)"""
     content = os.urandom(BYTES)
     if folder.startswith("s3://"):
         system, prefix = bucket(folder, secrets_file)

@@ -35,15 +35,9 @@ def three_machines(user: str) -> Inventory:
     five = {"generation": 5}
     return Inventory.model_validate(
         {
-            "head": "linux-box",
+            "head": "system-a",
             "storage": "/srv/workbench",
             "hosts": {
-                "linux-box": {
-                    "address": "192.168.1.11",
-                    "user": user,
-                    "os": "linux",
-                    "cards": [{"model": "rtx-5060-ti", "memory_gb": 16, "pcie": {**five, "width": 8}}],
-                },
                 "system-a": {
                     "address": "192.168.1.10",
                     "user": user,
@@ -53,6 +47,12 @@ def three_machines(user: str) -> Inventory:
                         {"model": "rtx-pro-6000", "memory_gb": 96, "pcie": {**five, "width": 16}},
                     ],
                 },
+                "linux-box": {
+                    "address": "192.168.1.11",
+                    "user": user,
+                    "os": "linux",
+                    "cards": [{"model": "rtx-5060-ti", "memory_gb": 16, "pcie": {**five, "width": 8}}],
+                },
                 "macbook": {"address": "192.168.1.12", "user": user, "os": "macos", "mps": 1},
             },
         }
@@ -61,8 +61,7 @@ def three_machines(user: str) -> Inventory:
 
 NOTES = {
     "storage": "For example an NFS export of the head, mounted at this path on all three.",
-    "hosts.linux-box": "The head needs little and must always run: the small machine that stays on.",
-    "hosts.system-a": "A desktop board that shares 16 lanes between two cards gives each x8: then write width: 8.",
+    "hosts.system-a": "A board that shares 16 lanes between two cards gives each x8: then write width: 8.",
     "hosts.macbook": "Its GPU is asked for as 'mps: 1'; plain GPU requests never come here.",
 }
 """What is said above a host, or a key, of the template."""

@@ -64,7 +64,7 @@ def test_what_is_commented_out_is_the_default_or_a_valid_example(tmp_path: Path)
     inventory = read_inventory(file)
     assert inventory.ports == Ports()
     assert inventory.model_fields_set == set(Inventory.model_fields)
-    assert inventory.hosts["linux-box"].model_fields_set == set(Host.model_fields)
+    assert inventory.hosts["system-a"].model_fields_set == set(Host.model_fields)
 
 
 @pytest.mark.parametrize("inventory", [INVENTORY, three_machines("ada")], ids=["labelled", "example"])
@@ -94,8 +94,8 @@ def test_an_unknown_key_names_file_line_and_nearest_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("head: linux-box", "head: linux-bos", "'linux-bos' is not among the hosts linux-box, system-a, macbook"),
-        ("head: linux-box", "head: macbook", "is a Mac, which sleeps"),
+        ("head: system-a", "head: system-b", "'system-b' is not among the hosts system-a, linux-box, macbook"),
+        ("head: system-a", "head: macbook", "is a Mac, which sleeps"),
         ("192.168.1.12", "192.168.1.10", "two hosts have one address"),
         ("storage: /srv/workbench", "storage: srv", "give an absolute path that all hosts mount, or s3://"),
         ("width: 8}", "width: 7}", "hosts.linux-box.cards.0.pcie.width"),
