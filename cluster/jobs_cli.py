@@ -104,13 +104,16 @@ def submit_command(facts: CommandFacts) -> Callable[..., int]:
     return submit
 
 
-def _follow(client: Any, job: str, as_json: bool) -> int:
+def _follow(client: Any, job: str, as_json: bool, *, interruptible: bool = True) -> int:
+    """Follow the log to the job's end; Ctrl-C asks about an ``interruptible`` job and leaves another alone."""
     from cluster.jobs import follow
 
     write = sys.stderr.write if as_json else sys.stdout.write
     try:
         code = follow(client, job, write)
     except KeyboardInterrupt:
+        if not interruptible:
+            raise
         return _interrupted(client, job)
     if as_json:
         print(json.dumps({"job": job, "exit_code": code}))
@@ -190,16 +193,20 @@ def _duration(seconds: float) -> str:
 
 
 @jobs_app.command()
-def logs(job: JobId, address: Address = None, follow: Annotated[bool, typer.Option("--follow", "-f")] = False) -> int:
+def logs(
+    job: JobId,
+    address: Address = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until it ends, with its exit code.")] = False,
+    as_json: AsJson = False,
+) -> int:
     """Print a job's log; with --follow until it ends, with its exit code."""
     client = _client(address)
     _info(client, job)
-    if not follow:
-        print(client.get_job_logs(job), end="")
-        return 0
-    from cluster.jobs import follow as follow_job
-
-    return follow_job(client, job, sys.stdout.write)
+    if follow:
+        return _follow(client, job, as_json, interruptible=False)
+    log = client.get_job_logs(job)
+    print(json.dumps({"job": job, "log": log}) if as_json else log, end="\n" if as_json else "")
+    return 0
 
 
 @jobs_app.command()
@@ -221,11 +228,15 @@ def status(job: JobId, address: Address = None, as_json: AsJson = False) -> None
 
 
 @jobs_app.command()
-def stop(job: JobId, address: Address = None) -> None:
+def stop(job: JobId, address: Address = None, as_json: AsJson = False) -> None:
     """Stop a job: SIGTERM, so that its run folder says interrupted, then SIGKILL."""
     client = _client(address)
     _info(client, job)
-    print(f"stopping {job}" if client.stop_job(job) else f"{job} had already ended")
+    stopping = bool(client.stop_job(job))
+    if as_json:
+        print(json.dumps({"job": job, "stopping": stopping}))
+    else:
+        print(f"stopping {job}" if stopping else f"{job} had already ended")
 
 
 def _client(address: str | None) -> Any:

@@ -72,6 +72,8 @@ def test_submit_finds_the_running_head_and_prints_json_alone(head: ClusterAddres
     rows = json.loads(workbench("jobs", "list", "--json").stdout)
     assert {"job": "listing", "state": "SUCCEEDED"}.items() <= rows[0].items()
     assert workbench("jobs", "logs", "listing").stdout.endswith("[]\n")
+    assert json.loads(workbench("jobs", "logs", "listing", "--json").stdout)["log"].endswith("[]\n")
+    assert json.loads(workbench("jobs", "stop", "listing", "--json").stdout) == {"job": "listing", "stopping": False}
 
 
 def test_a_request_without_the_token_is_refused(head: ClusterAddress) -> None:
