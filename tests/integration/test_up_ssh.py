@@ -65,6 +65,10 @@ class Site:
         """``cluster status --json``."""
         return json.loads(self.workbench("cluster", "status", "--json").stdout)
 
+    def job(self, name: str) -> dict[str, object]:
+        """``jobs status --json`` of a job, while the dashboard is open."""
+        return json.loads(self.workbench("jobs", "status", name, "--json").stdout)
+
     @contextmanager
     def dashboard(self) -> Iterator[str]:
         """Keep ``cluster dashboard`` open for the block; its address."""
@@ -186,7 +190,7 @@ def test_a_restart_asks_first_while_a_job_runs(site: Site) -> None:
     with site.dashboard():
         command = ["submit", "--detach", "--name", "long", "--", "profile", "record", "seconds=300"]
         assert site.workbench(*command).returncode == 0
-        until(lambda: json.loads(site.workbench("jobs", "status", "long", "--json").stdout)["state"] == "RUNNING")
+        until(lambda: site.job("long")["state"] == "RUNNING")
         until(lambda: any((site.folder / "storage/runs/profile-record").glob("*/status.json")))
         site.inventory["hosts"]["only"]["cpus"] = 1  # type: ignore[index]
         refused = site.workbench("cluster", "up")
@@ -201,14 +205,18 @@ def test_a_restart_asks_first_while_a_job_runs(site: Site) -> None:
 
 
 def test_a_killed_head_comes_back_by_itself_and_knows_its_jobs(site: Site) -> None:
+    with site.dashboard():
+        command = ["submit", "--detach", "--name", "cut", "--", "profile", "record", "seconds=300"]
+        assert site.workbench(*command).returncode == 0
+        until(lambda: site.job("cut")["state"] == "RUNNING")
     [raylet] = site.ray("raylet")
     [gcs] = site.ray("gcs_server")
     gcs.kill()
     until(lambda: not raylet.is_running() and len(site.ray("raylet")) == 1)
     until(lambda: site.workbench("cluster", "status").returncode == 0)
     with site.dashboard():
-        jobs = {row["job"]: row for row in json.loads(site.workbench("jobs", "list", "--json").stdout)}
-    assert jobs["listing"]["state"] == "SUCCEEDED"
+        assert site.job("listing")["state"] == "SUCCEEDED"
+        until(lambda: site.job("cut")["state"] == "FAILED")
 
 
 def test_push_copies_to_the_shared_storage_and_again_only_what_changed(site: Site) -> None:
