@@ -1,5 +1,6 @@
 """What a host is given, line by line, for the three machines; and what 'cluster up' finds to do."""
 
+import io
 import os
 import plistlib
 import re
@@ -7,6 +8,7 @@ import shlex
 import shutil
 import stat
 import subprocess
+import tarfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from cluster import firewall
+from cluster import environments, firewall
 from cluster.bring_up import make_plan
 from cluster.client_state import fingerprint
 from cluster.dry_run import text
@@ -378,3 +380,33 @@ def test_a_dry_run_shows_every_file_and_command_and_no_secret(three: Inventory) 
     assert "Nothing was touched" in shown
     assert re.search(r"--- ~/.workbench/token  \(mode 600\)  the token, not shown", shown)
     assert shlex.split(ray_arguments(three, "macbook")[-1])
+
+
+# --- the environment
+
+
+def test_an_environment_is_named_by_lock_interpreter_and_extra(three: Inventory) -> None:
+    head, mac = three.hosts["system-a"], three.hosts["macbook"]
+    folder = environments.environment_folder(head)
+    assert re.fullmatch(r"~/\.workbench/env/[0-9a-f]{12}/\.venv", folder)
+    assert environments.environment_folder(three.hosts["linux-box"]) == folder
+    assert environments.environment_folder(mac) != folder
+    assert environments.environment_folder(head.model_copy(update={"python": "python3.12"})) != folder
+    assert [environments.extra(host) for host in (head, mac, one_host().hosts["only"])] == ["cuda", "none", "cpu"]
+
+
+def test_a_host_with_an_environment_of_its_own_keeps_it() -> None:
+    inventory = one_host(environment="/opt/env")
+    assert environments.environment_folder(inventory.hosts["only"]) == "/opt/env"
+    files = host_files(inventory, "only")
+    assert not make_plan(inventory, "only", files, HostState(environment=True), TOKEN).install
+    with pytest.raises(UserError, match="environment /opt/env has no bin/python"):
+        make_plan(inventory, "only", files, HostState(), TOKEN)
+
+
+def test_what_is_sent_is_what_git_tracks() -> None:
+    with tarfile.open(fileobj=io.BytesIO(environments.checkout_tar())) as tar:
+        names = set(tar.getnames())
+        assert tar.getmember("install.sh").mode & 0o100
+    assert {*environments.LOCK, "cluster/bring_up.py", "README.md"} <= names
+    assert not [name for name in names if name.startswith((".venv/", ".workbench/", "runs/"))]
