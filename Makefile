@@ -1,12 +1,13 @@
 # make demo   installs into .venv and runs the main job end to end
 # make test   installs what the tests need and runs lint, types and tests
+# make lab    runs the tests on several hosts in namespaces: root, and the packages that it names if they are missing
 # Variables of install.sh: PYTHON, EXTRA=cpu|cuda|none, TORCH_INDEX. Demo: ARGS="--fresh".
 
 # The environment's interpreter by a path without spaces, which Ray needs.
 RUN = "$$(.venv/bin/python workbench/interpreter.py)" -m
 export PYTHON EXTRA TORCH_INDEX
 
-.PHONY: demo test install lint clean
+.PHONY: demo test lab install lint clean
 
 ifneq ($(EXTRA),)
 ifneq ($(EXTRA),$(shell cat .venv/extra 2>/dev/null))
@@ -19,6 +20,11 @@ demo: .venv/installed
 
 test: lint
 	$(RUN) pytest $(ARGS)
+
+lab: .venv/installed-dev
+	@cd tests && LACK="$$(../.venv/bin/python -c 'from lab.lab import missing; print(missing())')"; \
+	    [ -z "$$LACK" ] || { echo "$$LACK"; exit 1; }
+	$(RUN) pytest tests/lab -m "lab or not lab" $(ARGS)
 
 lint: .venv/installed-dev
 	$(RUN) ruff check .

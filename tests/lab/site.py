@@ -55,7 +55,7 @@ class Site:
 
     def discover(self) -> None:
         """Write the inventory from what the hosts report, and let them share two cores."""
-        targets = " ".join(f"{USER}@{name}" for name in self.members)
+        targets = " ".join(f"{USER}@{self.lab[name].address}" for name in self.members)
         self.workbench(f"cluster init --discover {targets} {INVENTORY} --force --storage /srv/storage")
         inventory = self.inventory()
         for name, host in inventory["hosts"].items():
@@ -87,6 +87,7 @@ class Site:
 
     def python(self, name: str, code: str, *, timeout: float = 180, check: bool = True, **variables: str) -> str:
         """Run ``code`` as a plain driver on a member, with the variables that ``up`` gave its Ray; what it printed."""
+        variables = {"RAY_ADDRESS": f"{self.lab[self.members[0]].address}:6379", "PYTHONPATH": str(ROOT), **variables}
         exports = " ".join(f"{key}={shlex.quote(value)}" for key, value in variables.items())
         script = f"set -a; . ~/.workbench/ray.env; set +a; {exports} exec {ROOT}/.venv/bin/python -"
         return self.lab[name].run(script, stdin=code, timeout=timeout, check=check).stdout
