@@ -50,13 +50,13 @@ class Module:
                 tree = ast.parse(content)
             found = list(docstrings(tree))
         except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            yield self.name, "", where, _reason(error)
+            yield Row(self.name, "", where, _reason(error))
             return
         finally:
             if collecting:
                 gc.enable()
         for name, line, text in found:
-            yield f"{self.name}.{name}" if name else self.name, text, f"{where}:{line}", ""
+            yield Row(f"{self.name}.{name}" if name else self.name, text, f"{where}:{line}")
 
 
 def _reason(error: Exception) -> str:

@@ -1,34 +1,41 @@
-"""Documents in the user's own files: Parquet and JSON Lines with a text column, or a folder of text files."""
+"""Documents in files: tables (Parquet, JSON Lines, JSON, CSV), texts (plain, Markdown), web pages and PDFs.
 
+Files are reached through ``pyarrow.fs``: a path on this machine or on NFS, or ``s3://bucket/folder``. What cannot be
+read becomes a row with a reason, never an exception.
+"""
+
+import csv
+import io
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
+from data_pipelines.columns import Columns
+from data_pipelines.parsers import Unreadable, html_text, pdf_text
 from data_pipelines.sources import Row
 from workbench.errors import UserError
 
-TABLES = {".parquet", ".jsonl", ".ndjson"}
-TEXTS = {".txt", ".md", ".rst"}
+if TYPE_CHECKING:
+    import pyarrow.fs as fs
 
-
-@dataclass(frozen=True)
-class Columns:
-    """Which columns of a table hold a document's text, title and source; the last two may be empty."""
-
-    text: str = "text"
-    title: str = ""
-    source: str = ""
-
-    def wanted(self) -> list[str]:
-        """The column names that are set, each once."""
-        return list(dict.fromkeys(filter(None, (self.text, self.title, self.source))))
+TABLES = (".parquet", ".jsonl", ".ndjson", ".csv", ".tsv")
+TEXTS = (".txt", ".md", ".markdown", ".rst")
+PARSED = (".html", ".htm", ".pdf")
+COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
+LONGEST_LINE = 64_000_000
+"""Bytes of a line of JSON; the rest of a longer one is skipped."""
+CHECKED_FILES = 20
+"""How many tables are looked into for their columns before the run begins; a bad one behind them is quarantined."""
 
 
 @dataclass(frozen=True)
 class TextFile:
     """One file of documents; ``name`` is its path below the given folder, ``size`` is in bytes."""
 
+    filesystem: "fs.FileSystem"
     path: str
     name: str
     size: int
@@ -36,95 +43,234 @@ class TextFile:
 
     def rows(self) -> Iterator[Row]:
         """Its documents; what cannot be read is a row with a reason."""
-        suffix = Path(self.path).suffix
-        if suffix == ".parquet":
-            yield from self._parquet()
-        elif suffix in TABLES:
-            yield from self._json_lines()
-        else:
-            yield from self._text()
+        import pyarrow as pa
+
+        read = READERS.get(kind_of(self.name), TextFile._text)
+        try:
+            yield from read(self)
+        except Unreadable as error:
+            yield self._bad(str(error))
+        except (OSError, EOFError, pa.ArrowException, MemoryError, RecursionError) as error:
+            yield self._bad(f"unreadable file ({type(error).__name__})")
+
+    def _bad(self, reason: str, line: int = 0) -> Row:
+        return Row(PurePosixPath(self.name).stem, "", f"{self.name}:{line}" if line else self.name, reason)
+
+    def _stream(self) -> io.BufferedReader:
+        """The content, decompressed as the name says."""
+        return io.BufferedReader(self.filesystem.open_input_stream(self.path, compression="detect"), 1 << 20)
 
     def _parquet(self) -> Iterator[Row]:
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
         line = 0
-        try:
-            with pq.ParquetFile(self.path) as file:
-                for batch in file.iter_batches(batch_size=1024, columns=self.columns.wanted()):
-                    for record in batch.to_pylist():
-                        line += 1
-                        yield self._row(record, line)
-        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-            yield self.name, "", f"{self.name}:{line + 1}", f"unreadable file ({type(error).__name__})"
+        with self.filesystem.open_input_file(self.path) as stream, pq.ParquetFile(stream) as file:
+            present = set(file.schema_arrow.names)
+            columns = [name for name in self.columns.wanted() if name in present]
+            for group in range(file.num_row_groups):
+                first = line
+                try:
+                    for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=columns):
+                        records = batch.to_pylist()
+                        for record in records:
+                            line += 1
+                            yield self.columns.row(record, f"{self.name}:{line}")
+                except UnicodeDecodeError:
+                    rows = file.metadata.row_group(group).num_rows
+                    yield from self._cell_by_cell(file, group, columns, first, line)
+                    line = first + rows
+
+    def _cell_by_cell(self, file: Any, group: int, columns: list[str], first: int, done: int) -> Iterator[Row]:
+        """The rows of a row group that has broken text in it, from ``done`` on; only the broken rows are lost."""
+        line = first
+        for batch in file.iter_batches(batch_size=1, row_groups=[group], columns=columns):
+            line += 1
+            if line <= done:
+                continue
+            try:
+                yield self.columns.row(batch.to_pylist()[0], f"{self.name}:{line}")
+            except UnicodeDecodeError:
+                yield self._bad("undecodable row", line)
 
     def _json_lines(self) -> Iterator[Row]:
-        with Path(self.path).open("rb") as stream:
-            for line, content in enumerate(stream, 1):
-                if not content.strip():
-                    continue
+        with self._stream() as stream:
+            for line, content in enumerate(bounded_lines(stream), 1):
+                if content is None:
+                    yield self._bad("line is too long", line)
+                elif content.strip():
+                    yield self._json(content, line)
+
+    def _json(self, content: bytes, line: int) -> Row:
+        try:
+            record = json.loads(content)
+        except UnicodeDecodeError:
+            return self._bad("undecodable line", line)
+        except (ValueError, RecursionError):
+            return self._bad("not a JSON object", line)
+        return self._record(record, line)
+
+    def _record(self, record: Any, line: int) -> Row:
+        if not isinstance(record, dict):
+            return self._bad("not a JSON object", line)
+        return self.columns.row(record, f"{self.name}:{line}")
+
+    def _json_array(self) -> Iterator[Row]:
+        """A file that is one JSON array of objects; lines of objects under this name are read as such."""
+        with self._stream() as stream:
+            content = stream.read()
+        if not content.lstrip().startswith(b"["):
+            for line, part in enumerate(content.splitlines(), 1):
+                if part.strip():
+                    yield self._json(part, line)
+            return
+        try:
+            records = json.loads(content)
+        except UnicodeDecodeError:
+            raise Unreadable("undecodable file") from None
+        except ValueError:
+            raise Unreadable("not a JSON array, perhaps cut off") from None
+        for line, record in enumerate(records, 1):
+            yield self._record(record, line)
+
+    def _csv(self) -> Iterator[Row]:
+        csv.field_size_limit(sys.maxsize)
+        with io.TextIOWrapper(self._stream(), encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+            reader = csv.DictReader(lines, delimiter="\t" if kind_of(self.name) == ".tsv" else ",", strict=True)
+            while True:
                 try:
-                    record = json.loads(content)
-                except UnicodeDecodeError:
-                    yield self.name, "", f"{self.name}:{line}", "undecodable line"
+                    record = next(reader, None)
+                except csv.Error:
+                    yield self._bad("not a row of CSV", reader.line_num)
                     continue
-                except ValueError:
-                    yield self.name, "", f"{self.name}:{line}", "not a JSON object"
-                    continue
-                if isinstance(record, dict):
-                    yield self._row(record, line)
+                if record is None:
+                    return
+                line = reader.line_num
+                if None in record:
+                    yield self._bad("more fields than columns", line)
+                elif any(value is None for value in record.values()):
+                    yield self._bad("fewer fields than columns", line)
+                elif any("\udc80" <= c <= "\udcff" for v in record.values() if not v.isascii() for c in v):
+                    yield self._bad("undecodable row", line)
                 else:
-                    yield self.name, "", f"{self.name}:{line}", "not a JSON object"
+                    yield self.columns.row(record, f"{self.name}:{line}")
 
     def _text(self) -> Iterator[Row]:
+        with self._stream() as stream:
+            content = stream.read()
         try:
-            yield Path(self.path).stem, Path(self.path).read_text(encoding="utf-8"), self.name, ""
+            yield Row(PurePosixPath(self.name).stem, content.decode("utf-8-sig"), self.name)
         except UnicodeDecodeError:
-            yield Path(self.path).stem, "", self.name, "undecodable file"
+            raise Unreadable("undecodable file") from None
 
-    def _row(self, record: dict[str, object], line: int) -> Row:
-        place = f"{self.name}:{line}"
-        text = record.get(self.columns.text)
-        title = str(record.get(self.columns.title) or place)
-        source = str(record.get(self.columns.source) or place)
-        return (title, text, source, "") if isinstance(text, str) else (title, "", source, "text is missing")
+    def _html(self) -> Iterator[Row]:
+        yield self._parsed(html_text)
+
+    def _pdf(self) -> Iterator[Row]:
+        yield self._parsed(pdf_text)
+
+    def _parsed(self, parse: Callable[[bytes], tuple[str, str]]) -> Row:
+        with self._stream() as stream:
+            title, text = parse(stream.read())
+        return Row(title or PurePosixPath(self.name).stem, text, self.name)
 
 
-def text_files(path: Path, columns: Columns) -> list[TextFile]:
-    """The files at ``path`` that hold documents, ordered by name.
+READERS: dict[str, Callable[[TextFile], Iterator[Row]]] = {
+    ".parquet": TextFile._parquet,
+    ".jsonl": TextFile._json_lines,
+    ".ndjson": TextFile._json_lines,
+    ".json": TextFile._json_array,
+    ".csv": TextFile._csv,
+    ".tsv": TextFile._csv,
+    ".html": TextFile._html,
+    ".htm": TextFile._html,
+    ".pdf": TextFile._pdf,
+}
 
-    Raises UserError if there are none, or if a table lacks one of ``columns``.
+
+def kind_of(name: str) -> str:
+    """The ending that says how a file is read: ``.jsonl`` of ``a.JSONL.gz``."""
+    path = PurePosixPath(name.lower())
+    return PurePosixPath(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+
+
+def bounded_lines(stream: io.BufferedReader) -> Iterator[bytes | None]:
+    """The lines of ``stream``; None for one longer than ``LONGEST_LINE``, which is skipped and not held."""
+    while line := stream.readline(LONGEST_LINE):
+        if len(line) < LONGEST_LINE or line.endswith(b"\n"):
+            yield line
+            continue
+        while (rest := stream.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
+            pass
+        yield None
+
+
+def text_files(source: str | Path, columns: Columns) -> list[TextFile]:
+    """The files at ``source``, a path or a URL such as ``s3://bucket/folder``, that hold documents, ordered by name.
+
+    Raises UserError if there are none, or if a table lacks one of the columns.
     """
-    root = path if path.is_dir() else path.parent
-    found = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")]
-    known = sorted(p for p in found if p.suffix in TABLES | TEXTS)
-    if not known:
-        raise UserError(f"{path}: no documents here; expected files ending in {', '.join(sorted(TABLES | TEXTS))}")
-    for file in known:
-        _check_columns(file, columns)
-    return [TextFile(str(p), p.relative_to(root).as_posix(), p.stat().st_size, columns) for p in known]
+    import pyarrow.fs as fs
+
+    filesystem, path = _filesystem(str(source))
+    info = filesystem.get_file_info(path)
+    if info.type == fs.FileType.NotFound:
+        raise UserError(f"source: no such file or folder: {source}")
+    alone = info.type == fs.FileType.File
+    found = [info] if alone else filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+    root = str(PurePosixPath(path).parent) if alone else path
+    kinds = {*TABLES, *TEXTS, *PARSED} | ({".json"} if alone or columns.form != "text" else set())
+    files = []
+    for each in found:
+        name = each.path[len(root) :].lstrip("/")
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        if each.type == fs.FileType.File and kind_of(name) in kinds and (alone or not hidden):
+            files.append(TextFile(filesystem, each.path, name, each.size or 0, columns))
+    if not files:
+        raise UserError(f"{source}: no documents here; expected files ending in {', '.join(sorted(kinds))}")
+    files.sort(key=lambda file: file.name)
+    for file in [file for file in files if kind_of(file.name) in (*TABLES, ".json")][:CHECKED_FILES]:
+        _check_columns(file, alone=len(files) == 1)
+    return files
 
 
-def _check_columns(file: Path, columns: Columns) -> None:
-    if file.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+def _filesystem(source: str) -> "tuple[fs.FileSystem, str]":
+    import pyarrow as pa
+    import pyarrow.fs as fs
 
-        try:
-            present = pq.read_schema(file).names
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{file}: not a Parquet file: {error}") from None
-    elif file.suffix in TABLES:
-        with file.open("rb") as stream:
-            try:
-                first = json.loads(stream.readline() or b"{}")
-            except ValueError:
-                return  # a bad row, to be counted as one
-        present = list(first) if isinstance(first, dict) else []
-    else:
+    if "://" not in source:
+        return fs.LocalFileSystem(), str(Path(source).absolute())
+    try:
+        filesystem, path = fs.FileSystem.from_uri(source)
+        filesystem.get_file_info(path)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"source: {source} cannot be read: {str(error).splitlines()[0]}") from None
+    return filesystem, path
+
+
+def _check_columns(file: TextFile, *, alone: bool) -> None:
+    """Raise UserError if the table lacks a column; one that cannot be read is left to be counted, unless ``alone``."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kind = kind_of(file.name)
+    present: list[str] = []
+    try:
+        if kind == ".parquet":
+            with file.filesystem.open_input_file(file.path) as stream:
+                present = list(pq.read_schema(stream).names)
+        else:
+            with file._stream() as lines:
+                if kind in (".csv", ".tsv"):
+                    header = lines.readline(LONGEST_LINE).decode("utf-8-sig")
+                    present = next(csv.reader([header], delimiter="\t" if kind == ".tsv" else ","), [])
+                elif kind == ".json":
+                    return  # the first object of an array is only known when all of it has been read
+                else:
+                    first = json.loads(lines.readline(LONGEST_LINE) or b"{}")
+                    present = list(first) if isinstance(first, dict) else []
+    except (OSError, EOFError, pa.ArrowException, ValueError, csv.Error) as error:
+        if alone and kind == ".parquet":
+            raise UserError(f"{file.path}: not a Parquet file: {error}") from None
         return
-    missing = [column for column in columns.wanted() if column not in present]
-    if missing and present:
-        raise UserError(
-            f"{file}: no column '{missing[0]}'; it has {', '.join(present)}: name one with text_column=NAME"
-        )
+    if present:
+        file.columns.check(present, file.path)

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 from data_pipelines.docstrings import Module, docstrings, installed_modules
-from data_pipelines.sources import read_blocks, split_evenly
+from data_pipelines.sources import Row, read_blocks, split_evenly
 
 CODE = '''"""The module."""
 
@@ -75,7 +75,7 @@ def test_texts_are_those_of_ast() -> None:
 
 def test_a_row_names_its_place_without_the_environment(tmp_path: Path) -> None:
     module = write(tmp_path, "pkg/sub/__init__.py", b'"""Sub."""\n')
-    assert list(module.rows()) == [("pkg.sub", "Sub.", "pkg 1.0 pkg/sub/__init__.py:1", "")]
+    assert list(module.rows()) == [Row("pkg.sub", "Sub.", "pkg 1.0 pkg/sub/__init__.py:1")]
 
 
 def test_what_cannot_be_read_has_a_reason(tmp_path: Path) -> None:
@@ -86,9 +86,9 @@ def test_what_cannot_be_read_has_a_reason(tmp_path: Path) -> None:
         "declared": b"# -*- coding: nonsense -*-\n",
         "null": b"x = 1\x00\n",
     }.items():
-        [(_, _, _, reasons[name])] = write(tmp_path, f"{name}.py", content).rows()
+        [reasons[name]] = [row.reason for row in write(tmp_path, f"{name}.py", content).rows()]
     gone = Module("pkg", "1.0", str(tmp_path), "gone.py", 0)
-    [(_, _, _, reasons["gone"])] = gone.rows()
+    [reasons["gone"]] = [row.reason for row in gone.rows()]
     assert reasons["syntax"] == "syntax error"
     assert reasons["codec"] == reasons["declared"] == "undecodable file"
     assert reasons["null"].startswith(("unreadable file", "syntax error"))
