@@ -1,20 +1,27 @@
-"""Personal data in text: e-mail addresses, phone numbers, public IPv4 addresses, IBANs and payment card numbers.
+"""Personal and secret data in text: e-mail addresses, phone numbers, public IP addresses, IBANs, payment cards,
+national ids and credentials.
 
 A number counts only when its checksum, length and prefix are right, so that versions, hashes and tables of digits are
-not taken for people: IBAN by ISO 13616 (mod 97), cards by ISO/IEC 7812 (Luhn), phones by libphonenumber's rules.
+not taken for people: IBAN by ISO 13616 (mod 97), cards by ISO/IEC 7812 (Luhn), phones by libphonenumber's rules,
+national ids by python-stdnum's.
 """
 
 import ipaddress
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-KINDS = ("email", "phone", "ipv4", "iban", "card")
+from data_pipelines.credentials import find_credentials
+from data_pipelines.national_ids import find_national_ids
+
+KINDS = ("email", "phone", "ipv4", "ipv6", "iban", "card", "national_id", "secret")
+"""Where two findings overlap and are equally long, the later kind has it."""
 
 EMAIL = re.compile(
     r"(?<![\w.+-])[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}(?![\w-])"
 )
 IPV4 = re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)")
+IPV6 = re.compile(r"(?<![\w:.])[23][0-9A-Fa-f]{3}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:])")
 IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![A-Za-z0-9])")
 CARD = re.compile(r"(?<![\w.-])[3-6]\d{3}(?:[ -]?\d){8,15}(?![\w-]|\.\d)")
 PHONE = re.compile(r"\+\d[\d ().-]{6,}\d")
@@ -35,40 +42,67 @@ IBAN_LENGTHS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One piece of personal data: its kind, one of ``KINDS``, and the text at ``start:end``."""
+    """One piece of personal data: its kind, one of ``KINDS``, the text at ``start:end``, and what exactly it is."""
 
     kind: str
     start: int
     end: int
     text: str
+    detail: str = ""
 
     def masked(self) -> str:
         """The finding with all but its shape hidden, fit for a report."""
         if self.kind == "email":
             name, _, domain = self.text.partition("@")
             return f"{name[0]}***@***.{domain.rpartition('.')[2]}"
+        if self.kind == "secret":
+            return f"{self.text[:4]}*** ({self.detail})"
         shown = self.text[:3]
-        return shown + re.sub(r"\w", "*", self.text[len(shown) :])
+        note = f" ({self.detail})" if self.detail else ""
+        return shown + re.sub(r"\w", "*", self.text[len(shown) :]) + note
 
 
 def find(text: str, phone_region: str = "") -> list[Finding]:
-    """All findings in ``text``, left to right. ``phone_region`` (such as "US") also finds numbers without a +."""
+    """All findings in ``text``, left to right, none within another. ``phone_region`` (such as "US") also finds numbers
+    without a +."""
     findings: list[Finding] = []
     if "@" in text:
         findings += (Finding("email", *m.span(), m.group()) for m in EMAIL.finditer(text))
+    findings += (Finding("secret", start, end, text[start:end], what) for what, start, end in find_credentials(text))
     if DIGITS.search(text):
         findings += (Finding("ipv4", *m.span(), m.group()) for m in IPV4.finditer(text) if is_public_ipv4(m.group()))
+        if ":" in text:
+            findings += (Finding("ipv6", *m.span(), m.group()) for m in IPV6.finditer(text) if is_public(m.group()))
         findings += (Finding("iban", *m.span(), m.group()) for m in IBAN.finditer(text) if is_iban(m.group()))
         findings += (Finding("card", *m.span(), m.group()) for m in CARD.finditer(text) if is_card(m.group()))
+        found = find_national_ids(text)
+        findings += (Finding("national_id", start, end, text[start:end], what) for what, start, end in found)
         if phone_region or PHONE.search(text):
             findings += _phones(text, phone_region)
-    return sorted(findings, key=lambda finding: (finding.start, finding.kind))
+    return _apart(findings) if len(findings) > 1 else findings
+
+
+def _apart(findings: list[Finding]) -> list[Finding]:
+    """Left to right, of findings that overlap only the longest."""
+    kept: list[Finding] = []
+    for finding in sorted(findings, key=lambda f: (f.start - f.end, -KINDS.index(f.kind), f.start)):
+        if all(finding.end <= other.start or other.end <= finding.start for other in kept):
+            kept.append(finding)
+    return sorted(kept, key=lambda finding: finding.start)
 
 
 def counts(text: str, phone_region: str = "") -> list[int]:
     """How many findings of each of ``KINDS``."""
     kinds = [finding.kind for finding in find(text, phone_region)]
-    return [kinds.count(kind) for kind in KINDS]
+    return [kinds.count(kind) for kind in KINDS] if kinds else [0] * len(KINDS)
+
+
+def redact(text: str, kinds: Collection[str], phone_region: str = "") -> tuple[str, int]:
+    """(``text`` with every finding of ``kinds`` replaced by its kind in brackets, how many there were)."""
+    wanted = [finding for finding in find(text, phone_region) if finding.kind in kinds]
+    for finding in reversed(wanted):
+        text = f"{text[: finding.start]}[{finding.kind}]{text[finding.end :]}"
+    return text, len(wanted)
 
 
 def _phones(text: str, region: str) -> Iterator[Finding]:
@@ -85,6 +119,15 @@ def is_public_ipv4(text: str) -> bool:
     except ValueError:
         return False
     return address.is_global and not address.is_multicast and address.packed[-1] != 0
+
+
+def is_public(text: str) -> bool:
+    """An IPv6 address that is globally routable."""
+    try:
+        address = ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return address.is_global and not address.is_multicast
 
 
 def is_iban(text: str) -> bool:
