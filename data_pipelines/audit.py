@@ -5,48 +5,62 @@ all the texts. Everything is ordered by document id, so the same input gives the
 however the blocks arrive.
 """
 
-import difflib
 import time
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from cluster.placement import place_here
+from data_pipelines.gates import check_gates, crossed
 from data_pipelines.pii import KINDS
-from workbench.config import resolve_path
-from workbench.errors import UserError
+from data_pipelines.reading import Opened, Reading, open_reading
+from workbench.errors import Failure, UserError
 from workbench.resources import Placed
-from workbench.runs import Run, Summary
+from workbench.runs import Run, Summary, finish
 
 if TYPE_CHECKING:
-    from data_pipelines.sources import Item
+    from data_pipelines.corpus import Corpus
+    from data_pipelines.measure import Measures
 
-INSTALLED = "installed-packages"
+TRAINING = "train"
+FIGURES = ("leakage", "duplicates", "quarantine", "personal", "secret", "mojibake", "conflict")
+"""Shares, 0 to 1, that a gate may name beside the counts: of the evaluation documents that are in training documents,
+of the documents that are duplicates, of the rows that could not be read, and of the documents with a finding."""
+COUNTS = (
+    "documents",
+    "kept",
+    "exact_duplicates",
+    "near_duplicates",
+    "quarantined",
+    "leaks",
+    "characters",
+    *(f"{kind}s" for kind in KINDS),
+)
 
 
-class AuditConfig(Placed):
+class AuditConfig(Reading, Placed):
     """What to read, and where the line is drawn."""
 
     amounts: ClassVar[tuple[str, str]] = ("cpus_per_task", "")
 
-    source: str = Field(
-        default=INSTALLED,
-        description=f"'{INSTALLED}' (their docstrings), or a path: Parquet, JSON Lines, or a folder of text files",
+    splits: dict[str, Reading] = Field(
+        default={}, description="several sources by name, in place of 'source': {train: {source: ...}, test: {...}}"
     )
-    text_column: str = Field(default="text", description="the column of a table that holds the text")
-    title_column: str = Field(default="", description="the column that holds the title; empty: the row's place")
-    source_column: str = Field(default="", description="the column that says where a row is from; empty: its place")
-    packages: list[str] = Field(default=[], description="only these installed packages; empty: all")
-    skip_packages: list[str] = Field(default=[], description="leave these installed packages out")
+    evaluation: list[str] = Field(
+        default=[], description=f"the splits that must not be in the others; empty: all but '{TRAINING}'"
+    )
+    ngram: int = Field(default=13, ge=5, le=50, description="words of a run that counts as a leak")
     max_characters: int = Field(default=100_000, ge=1, description="a longer text is quarantined")
     threshold: float = Field(
         default=0.8, ge=0.5, le=1, description="Jaccard similarity of 3-word shingles from which two texts are the same"
     )
+    tokenizer: str = Field(default="", description="also count tokens: a tokenizer.json, a model's folder or name")
+    repetition: bool = Field(default=True, description="measure repeated n-grams, as Gopher's rules do")
     phone_region: str = Field(default="", description="also find phone numbers without a +, as dialled in e.g. US")
+    fail_on: list[str] = Field(
+        default=[], description="exit code 1 where one holds: leakage>0, duplicates>0.05, secrets>0, ..."
+    )
     cpus_per_task: float = Field(default=1, gt=0, description="CPUs that one reading task asks of Ray")
     blocks: int = Field(default=64, ge=1, description="how many reading tasks the input is split into")
 
@@ -60,104 +74,175 @@ class AuditConfig(Placed):
                 raise ValueError("not a region of two capital letters that libphonenumber knows, such as US or DE")
         return region
 
+    @field_validator("fail_on")
+    @classmethod
+    def _known_gates(cls, gates: list[str]) -> list[str]:
+        check_gates(gates, [*FIGURES, *COUNTS])
+        return gates
 
-@dataclass(frozen=True)
-class Opened:
-    """The files to read, whether every node of a cluster sees them, and what is recorded of them as an input."""
+    @model_validator(mode="after")
+    def _splits_are_named(self) -> Self:
+        if not self.splits:
+            if self.evaluation:
+                raise ValueError("evaluation names splits, and there are none: give splits: {train: ..., test: ...}")
+            return self
+        for name in self.splits:
+            if not name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(f"splits: '{name}': name a split by letters, digits, '-' and '_'")
+        usual = Reading()
+        if given := [name for name in Reading.model_fields if getattr(self, name) != getattr(usual, name)]:
+            raise ValueError(f"{given[0]} is given beside splits: write it below each split that it is for")
+        if missing := [name for name in self.evaluation if name not in self.splits]:
+            raise ValueError(f"evaluation: there is no split '{missing[0]}', but {', '.join(self.splits)}")
+        if len(self.splits) > 1 and not self.evaluation and TRAINING not in self.splits:
+            raise ValueError(f"say which splits must not be in the others: evaluation: [{list(self.splits)[-1]}]")
+        if self.evaluation and not self.trained:
+            raise ValueError("evaluation names every split: leave out what is trained on")
+        return self
 
-    items: "Sequence[Item]"
-    shared: bool
-    name: str
-    facts: dict[str, Any]
+    @property
+    def sources(self) -> dict[str, Reading]:
+        """The source of each split; one without a name where there are no splits."""
+        return self.splits or {"": Reading(**{name: getattr(self, name) for name in Reading.model_fields})}
+
+    @property
+    def evaluated(self) -> list[str]:
+        """The splits that must not be in the others; none where there is only one."""
+        if len(self.splits) < 2:
+            return []
+        return self.evaluation or [name for name in self.splits if name != TRAINING]
+
+    @property
+    def trained(self) -> list[str]:
+        """The other splits."""
+        return [name for name in self.sources if name not in self.evaluated]
 
 
 def check(config: AuditConfig) -> None:
     """Raise UserError where there is nothing to read."""
-    open_source(config)
+    from data_pipelines.tokens import locate_tokenizer
+
+    for reading in config.sources.values():
+        open_reading(reading)
+    if config.tokenizer:
+        locate_tokenizer(config.tokenizer)
 
 
 def run(config: AuditConfig, run: Run) -> Summary:
-    """Write ``artifacts/documents/`` (Parquet, ``keep`` true for what survives) and ``artifacts/quarantine.parquet``.
+    """Write ``artifacts/documents/`` (Parquet: every document with its findings, ``keep`` true for what survives),
+    ``artifacts/quarantine.parquet`` and, where there are splits, ``artifacts/leaks.parquet``.
 
-    Raises UserError where there is nothing to read.
+    Raises UserError where there is nothing to read, Failure where a gate of ``fail_on`` is not passed; the report and
+    the summary are then written all the same.
     """
     from data_pipelines.audit_report import describe
     from data_pipelines.corpus import Corpus
 
-    source = open_source(config)
-    items = source.items
-    run.input(source.name, **source.facts)
-    run.say(f"reading {len(items):,} files ({sum(item.size for item in items) / 1e6:,.0f} MB)")
+    opened = {split: open_reading(reading) for split, reading in config.sources.items()}
+    for split, source in opened.items():
+        run.input(f"{split}: {source.name}" if split else source.name, **source.facts)
+        size = sum(item.size for item in source.items) / 1e6
+        run.say(f"reading {f'{split}: ' if split else ''}{len(source.items):,} parts ({size:,.0f} MB)")
     began = time.monotonic()
     corpus = Corpus(run.artifact("documents"), run.artifact("quarantine.parquet"))
     with corpus:
-        _measure(config, source, corpus, run)
+        _measure(config, opened, corpus, run)
         measured = time.monotonic()
         run.say(f"looking for duplicates among {corpus.rows:,} documents")
-        corpus.find_duplicates(config.threshold)
+        corpus.compare(config.threshold, config.evaluated)
         compared = time.monotonic()
         corpus.write(config.phone_region)
-    if not corpus.documents:
-        raise UserError(f"no documents in {config.source}: {corpus.rows} rows were read and all were quarantined")
+    if not corpus.statistics.documents:
+        raise UserError(
+            f"no documents in {', '.join(reading.source for reading in config.sources.values())}: "
+            f"{len(corpus.quarantined)} rows were read and all were quarantined, the first as {_first_reason(corpus)}"
+        )
     seconds = {
         "read and measure": measured - began,
-        "find duplicates": compared - measured,
+        "compare": compared - measured,
         "write": time.monotonic() - compared,
     }
-    summary = {
-        "documents": corpus.documents,
-        "kept": corpus.kept,
-        "exact_duplicates": corpus.exact_duplicates,
-        "near_duplicates": corpus.near_duplicates,
-        "quarantined": len(corpus.quarantined),
-        "characters": sum(corpus.lengths),
-        "languages": len(corpus.languages),
-        "english_percent": round(100 * corpus.languages["en"] / corpus.documents, 1),
-        **{f"{kind}s": corpus.personal[kind] for kind in KINDS},
-        "fingerprint": corpus.fingerprint,
-    }
-    describe(run.report, corpus, seconds)
+    summary = summarise(config, corpus)
+    figures = shares(corpus) | {name: value for name, value in summary.items() if name in COUNTS}
+    found = crossed(config.fail_on, figures)
+    describe(run.report, corpus, config, figures, seconds)
     run.say(
-        f"{corpus.documents:,} documents: {corpus.exact_duplicates:,} exact and {corpus.near_duplicates:,} near "
-        f"duplicates, {corpus.personal['email']:,} e-mail addresses, {len(corpus.quarantined):,} quarantined"
+        f"{summary['documents']:,} documents: {summary['exact_duplicates']:,} exact and "
+        f"{summary['near_duplicates']:,} near duplicates, {summary['emails']:,} e-mail addresses, "
+        f"{summary['quarantined']:,} quarantined"
     )
+    if found:
+        finish(run, summary | {"not_passed": found})
+        raise Failure(f"{'; '.join(found)}; see {run.folder / 'report.html'}")
     return summary
 
 
-def open_source(config: AuditConfig) -> Opened:
-    """What ``config`` names. Raises UserError if there are no files, or a column is missing."""
-    from workbench.config import runs_root
-
-    if config.source == INSTALLED:
-        return _installed(config)
-    from data_pipelines.textfiles import Columns, text_files
-
-    path = resolve_path(Path(config.source))
-    if not path.exists():
-        near = difflib.get_close_matches(config.source, [INSTALLED], 1)
-        hint = f"did you mean '{near[0]}'?" if near else f"give a path, or '{INSTALLED}'"
-        raise UserError(f"source: no such file or folder: {path}; {hint}")
-    columns = Columns(config.text_column, config.title_column, config.source_column)
-    return Opened(text_files(path, columns), path.is_relative_to(runs_root()), "documents", {"path": path})
-
-
-def _installed(config: AuditConfig) -> Opened:
-    from data_pipelines.docstrings import installed_modules, normal_name, site_packages
-
-    modules = installed_modules(site_packages())
-    present = {module.package: module.version for module in modules}
-    for name in [*config.packages, *config.skip_packages]:
-        if normal_name(name) not in present:
-            near = difflib.get_close_matches(normal_name(name), present, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"packages: '{name}' is not installed in this environment{hint}")
-    only, without = set(map(normal_name, config.packages)), set(map(normal_name, config.skip_packages))
-    chosen = [m for m in modules if (not only or m.package in only) and m.package not in without]
-    versions = {name: present[name] for name in sorted({m.package for m in chosen})}
-    return Opened(chosen, False, INSTALLED, {"packages": versions})
+def summarise(config: AuditConfig, corpus: "Corpus") -> Summary:
+    """The counts of the audit."""
+    figures = corpus.statistics
+    leaks = {"leaks": len(corpus.leaks)} if config.evaluated else {}
+    tokens = {"tokens": int(figures.lengths("tokens").sum())} if config.tokenizer else {}
+    exchanges = {"conflicts": figures.conflicts} | dict(sorted(figures.flags.items())) if figures.turns else {}
+    return {
+        "documents": figures.documents,
+        "kept": figures.kept,
+        "exact_duplicates": figures.kinds["exact"],
+        "near_duplicates": figures.kinds["near"],
+        **leaks,
+        "quarantined": len(corpus.quarantined),
+        "characters": int(figures.lengths("characters").sum()),
+        **tokens,
+        "languages": len(figures.languages),
+        "english_percent": round(100 * figures.languages["en"] / figures.documents, 1),
+        **{f"{kind}s": figures.personal[kind] for kind in KINDS},
+        **exchanges,
+        "fingerprint": corpus.fingerprint,
+    }
 
 
-def _measure(config: AuditConfig, opened: Opened, corpus: Any, run: Run) -> None:
+def shares(corpus: "Corpus") -> dict[str, float]:
+    """The ``FIGURES``."""
+    found = corpus.statistics
+    documents = max(1, found.documents)
+    rows = found.documents + len(corpus.quarantined)
+    return {
+        "leakage": len(corpus.leaks) / max(1, corpus.evaluation_documents),
+        "duplicates": (found.documents - found.kept) / documents,
+        "quarantine": len(corpus.quarantined) / max(1, rows),
+        "personal": found.with_personal / documents,
+        "secret": found.with_secrets / documents,
+        "mojibake": found.mojibake / documents,
+        "conflict": found.conflicts / documents,
+    }
+
+
+def _first_reason(corpus: "Corpus") -> str:
+    return f"'{corpus.quarantined[0]['reason']}'" if corpus.quarantined else "nothing"
+
+
+def _measure(config: AuditConfig, opened: dict[str, Opened], corpus: "Corpus", run: Run) -> None:
+    import ray
+
+    from data_pipelines.measure import Measures
+    from data_pipelines.tokens import locate_tokenizer
+
+    measures = Measures(
+        max_characters=config.max_characters,
+        phone_region=config.phone_region,
+        repetition=config.repetition,
+        tokenizer=locate_tokenizer(config.tokenizer) if config.tokenizer else "",
+        exchanges=any(reading.form != "text" for reading in config.sources.values()),
+        gram=config.ngram if config.evaluated else 0,
+    )
+    for split in config.evaluated:
+        _stream(config, opened[split], split, measures, corpus, run)
+    if config.evaluated:
+        measures = replace(measures, evaluation=ray.put(corpus.evaluation_hashes()))
+    for split in config.trained:
+        _stream(config, opened[split], split, measures, corpus, run)
+
+
+def _stream(config: AuditConfig, opened: Opened, split: str, measures: "Measures", corpus: "Corpus", run: Run) -> None:
     import ray
 
     from data_pipelines.measure import measure
@@ -165,23 +250,25 @@ def _measure(config: AuditConfig, opened: Opened, corpus: Any, run: Run) -> None
 
     quiet_progress()
     placement = place_here(config.request(), run.say)
-    source = DocumentSource(split_evenly(opened.items, config.blocks), shared=opened.shared)
+    options: dict[str, Any] = placement.data_options()
+    source = DocumentSource(split_evenly(opened.items, config.blocks), shared=opened.shared, split=split)
     dataset = ray.data.read_datasource(
-        source, override_num_blocks=source.tasks, num_cpus=placement.num_cpus, ray_remote_args=placement.data_options()
+        source, override_num_blocks=source.tasks, num_cpus=placement.num_cpus, ray_remote_args=options
     ).map_batches(
         measure,
-        fn_kwargs={"max_characters": config.max_characters, "phone_region": config.phone_region},
+        fn_kwargs={"measures": measures},
         batch_format="pyarrow",
         batch_size=None,
         zero_copy_batch=True,
         num_cpus=placement.num_cpus,
-        **placement.data_options(),
+        **options,
     )
+    evaluation = split in config.evaluated
     spoken = time.monotonic()
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        corpus.add(batch)
+        corpus.add(batch, evaluation=evaluation)
         if time.monotonic() - spoken > 5:
             spoken = time.monotonic()
-            found = Counter(corpus.personal)
+            found = corpus.personal
             run.say(f"{corpus.rows:,} documents so far, {found['email']:,} e-mail addresses")
             run.metrics(corpus.rows, documents=corpus.rows, **{f"{kind}s": found[kind] for kind in KINDS})

@@ -1,13 +1,13 @@
 """The documents of one audit while they are gathered, compared and written.
 
-Rows arrive in any order and are spooled to 16 shards by the first digit of their id; at the end each shard is sorted
-by id and written once, with what was found out about duplicates. Memory: one shard of text, and 300 bytes a document.
+Rows arrive in any order and are spooled to 16 shards by a hash of their id; at the end each shard is sorted by id and
+written once, with what was found out about duplicates and leaks. Memory: one shard of text, and 300 bytes a document.
 """
 
-import hashlib
 import shutil
+import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,38 +16,41 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipelines.duplicates import BANDS, shares_bucket, shingles, survivors, words_of
-from data_pipelines.pii import KINDS, find
+from data_pipelines.duplicates import shares_bucket, shingles, survivors, words_of
+from data_pipelines.index import Index, conflicting
+from data_pipelines.leakage import Leak, Runs, find_leaks, longest_shared
+from data_pipelines.pii import KINDS
+from data_pipelines.statistics import Statistics
+from data_pipelines.version import Version
 
-SHARDS = "0123456789abcdef"
-PII_EXAMPLES = 5
+SHARDS = 16
 LARGEST = 10
-REPEATED = "the same row twice"
+SAME_ROW = "the same row twice"
+SAME_ID = "the same id twice"
+INNER = ("reason", "normal_hash", "bands", "vocabulary", "grams", "prompt_hash", "answer_hash")
+"""Columns that only the audit itself needs."""
 
 
 class Corpus:
-    """Gather with ``add``, then ``find_duplicates``, then ``write``; the counts are there afterwards."""
+    """Gather with ``add``, then ``compare``, then ``write``; ``statistics`` and the counts are there afterwards."""
 
     def __init__(self, documents: Path, quarantine: Path) -> None:
         self._folder = documents
         self._quarantine = quarantine
         self._partial = documents.with_name(".documents.partial")
         self._spool = documents.with_name(".documents.spool")
-        self._writers: dict[str, pq.ParquetWriter] = {}
-        self._ids: list[np.ndarray] = []
-        self._hashes: list[np.ndarray] = []
-        self._bands: list[np.ndarray] = []
-        self._characters: list[np.ndarray] = []
+        self._writers: dict[tuple[str, int], pq.ParquetWriter] = {}
         self._duplicates: dict[str, tuple[str, str, float]] = {}
-        self.rows = 0
+        self._conflicts: dict[str, int] = {}
+        self._holds: dict[str, tuple[str, str]] = {}
+        self._runs: list[tuple[int, bytes]] = []
+        self._own_runs: list[tuple[int, bytes]] = []
+        self.index = Index()
         self.personal: Counter[str] = Counter()
-        self.documents = self.kept = self.exact_duplicates = self.near_duplicates = 0
+        self.statistics = Statistics()
         self.quarantined: list[dict[str, str]] = []
-        self.lengths: list[int] = []
-        self.languages: Counter[str] = Counter()
-        self.packages: Counter[str] = Counter()
-        self.largest: list[dict[str, Any]] = []
-        self.examples: list[dict[str, str]] = []
+        self.leaks: list[dict[str, Any]] = []
+        self.evaluation_documents = self.without_runs = 0
         self.fingerprint = ""
 
     def __enter__(self) -> Self:
@@ -64,150 +67,184 @@ class Corpus:
         shutil.rmtree(self._spool, ignore_errors=True)
         shutil.rmtree(self._partial, ignore_errors=True)
 
-    def add(self, batch: pa.Table) -> None:
-        """Take the rows of ``measure.measure``, in any order."""
+    @property
+    def rows(self) -> int:
+        """How many rows were read and not quarantined."""
+        return self.index.rows
+
+    def add(self, batch: pa.Table, *, evaluation: bool = False) -> None:
+        """Take the rows of ``measure.measure``, in any order, of one split; ``evaluation`` says that they must not be
+        in the others."""
         reasons = np.asarray(batch["reason"].to_pylist())
-        for row in batch.filter(pa.array(reasons != "")).select(["title", "source", "reason"]).to_pylist():
+        for row in batch.filter(pa.array(reasons != "")).select(["title", "source", "split", "reason"]).to_pylist():
             self.quarantined.append(row)
+        for sample in batch["vocabulary"].to_pylist():
+            if sample:
+                self.statistics.sample_words(sample)
         good = batch.filter(pa.array(reasons == ""))
         if not good.num_rows:
             return
-        ids = good["id"].to_pylist()
-        self._ids.append(np.array(ids, dtype="S32"))
-        self._hashes.append(np.array(good["normal_hash"].to_pylist(), dtype="V16"))
-        self._bands.append(np.frombuffer(b"".join(good["bands"].to_pylist()), dtype=np.uint64).reshape(-1, BANDS))
-        self._characters.append(good["characters"].to_numpy())
-        self.rows += good.num_rows
+        if "grams" in good.column_names:
+            runs = self._own_runs if evaluation else self._runs
+            runs += ((self.rows + place, own) for place, own in enumerate(good["grams"].to_pylist()) if own)
+        self.index.add(good)
         for kind in KINDS:
             self.personal[kind] += int(np.sum(good[f"{kind}s"].to_numpy()))
-        rows = good.drop_columns(["reason", "normal_hash", "bands"])
-        digits = np.array([i[0] for i in ids])
-        for shard in SHARDS:
-            mine = digits == shard
-            if mine.any():
-                self._writer(shard, rows.schema).write_table(rows.filter(pa.array(mine)))
+        rows = good.drop_columns([name for name in INNER if name in good.column_names])
+        shard = np.array([zlib.crc32(name.encode()) % SHARDS for name in good["id"].to_pylist()])
+        for number in np.unique(shard).tolist():
+            self._writer(good["split"][0].as_py(), number, rows.schema).write_table(
+                rows.filter(pa.array(shard == number))
+            )
 
-    def find_duplicates(self, threshold: float) -> None:
-        """Decide which documents survive: the longest of each set of equals, the smaller id between equals."""
+    def evaluation_hashes(self) -> np.ndarray:
+        """The n-gram hashes of the evaluation rows so far, sorted, each once."""
+        parts = [np.frombuffer(own, dtype=np.uint64) for _, own in self._own_runs]
+        return np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.uint64)
+
+    def compare(self, threshold: float, evaluation: Collection[str] = ()) -> None:
+        """Decide within each split which documents survive (of each set of equals the longest, the smaller id between
+        equals), and find what of the ``evaluation`` splits is in the others."""
         for writer in self._writers.values():
             writer.close()
         if not self.rows:
             return
-        ids = np.concatenate(self._ids)
-        hashes = np.concatenate(self._hashes)
-        bands = np.concatenate(self._bands)
-        order = np.lexsort((ids, -np.concatenate(self._characters).astype(np.int64)))
+        self.index.close()
+        self._conflicts = conflicting(self.index)
+        for split in self.index.splits:
+            self._find_duplicates(self.index.of([split]), threshold)
+        if evaluation:
+            self._find_leaks(threshold, evaluation)
+
+    def _find_duplicates(self, mine: np.ndarray, threshold: float) -> None:
+        ids, hashes, bands = self.index.ids, self.index.hashes, self.index.bands
+        order = mine[np.lexsort((ids[mine], -self.index.characters[mine].astype(np.int64)))]
         first: dict[bytes, int] = {}
         unique: list[int] = []
         for index in order.tolist():
             equal = first.setdefault(hashes[index].tobytes(), index)
             if equal == index:
                 unique.append(index)
-            elif ids[equal] != ids[index]:
-                self._duplicates[ids[index].decode()] = (ids[equal].decode(), "exact", 1.0)
-        compare = np.array(unique)[shares_bucket(bands[unique])]
-        texts = self._texts(ids[compare])
-        found = survivors(compare.tolist(), bands, lambda i: shingles(words_of(texts[ids[i].decode()])), threshold)
+            else:
+                self._duplicates[self.index.name(index)] = (self.index.name(equal), "exact", 1.0)
+        compared = np.array(unique, dtype=np.int64)
+        compared = compared[shares_bucket(bands[compared])]
+        texts = self._texts(compared)
+        found = survivors(compared.tolist(), bands, lambda i: shingles(words_of(texts[i])), threshold)
         for index, (near, similarity) in found.items():
-            self._duplicates[ids[index].decode()] = (ids[near].decode(), "near", similarity)
+            self._duplicates[self.index.name(index)] = (self.index.name(near), "near", similarity)
         # The survivor of an exact duplicate may itself be a near duplicate: point at the one that is kept.
         for own, (survivor, kind, similarity) in list(self._duplicates.items()):
             if kind == "exact" and survivor in self._duplicates:
                 self._duplicates[own] = (self._duplicates[survivor][0], kind, similarity)
 
+    def _find_leaks(self, threshold: float, evaluation: Collection[str]) -> None:
+        index = self.index
+        mine = index.of([split for split in index.splits if split in evaluation])
+        others = index.of([split for split in index.splits if split not in evaluation])
+        placed = [
+            Runs.of((place, own) for at, own in runs if index.alive[place := int(index.places[at])])
+            for runs in (self._own_runs, self._runs)
+        ]
+        leaks, holds = find_leaks(index, mine, others, (placed[0], placed[1]), self._texts, threshold)
+        self._holds = {index.name(other): (index.name(own), kind) for other, (own, kind) in holds.items()}
+        self._holds |= {index.name(leak.evaluation): (index.name(leak.training), leak.kind) for leak in leaks}
+        self.evaluation_documents = len(mine)
+        self.without_runs = len(mine) - len(np.intersect1d(mine, placed[0].documents))
+        self.leaks = self._shown(leaks)
+
+    def _shown(self, leaks: list[Leak]) -> list[dict[str, Any]]:
+        """The leaks with the run of words that both sides share, a row each."""
+        places = [place for leak in leaks for place in (leak.evaluation, leak.training)]
+        texts = self._texts(np.unique(np.array(places, dtype=np.int64)))
+        rows = []
+        for leak in leaks:
+            span = longest_shared(texts[leak.evaluation], texts[leak.training])
+            row: dict[str, Any] = {"kind": leak.kind, "similarity": leak.similarity, "words": span.words}
+            for side, place, parts in (
+                ("evaluation", leak.evaluation, span.evaluation),
+                ("training", leak.training, span.training),
+            ):
+                row[f"{side}_id"] = self.index.name(place)
+                row[f"{side}_split"] = self.index.splits[self.index.split[place]]
+                row |= {f"{side}_{name}": part for name, part in zip(("before", "span", "after"), parts, strict=True)}
+            rows.append(row)
+        return rows
+
     def write(self, phone_region: str) -> None:
-        """Write the documents by id, and the quarantine; fills in the counts."""
-        digest = hashlib.sha256()
+        """Write the documents by id, the quarantine and the leaks; fills in the statistics."""
+        self.statistics.phone_region = phone_region
+        version = Version()
         clusters = Counter(survivor for survivor, _, _ in self._duplicates.values())
         largest = dict(sorted(clusters.items(), key=lambda item: (-item[1], item[0]))[:LARGEST])
-        for shard in SHARDS:
-            file = self._spool / f"{shard}.parquet"
-            if not file.exists():
+        for shard in range(SHARDS):
+            files = [self._file(split, shard) for split in sorted(self.index.splits)]
+            tables = [pq.read_table(file) for file in files if file.exists()]
+            if not tables:
                 continue
-            table = self._unrepeated(pq.read_table(file))
-            table = self._with_duplicates(table)
-            pq.write_table(table, self._partial / f"part-{shard}.parquet", compression="zstd")
-            for document_id in table["id"].to_pylist():
-                digest.update(document_id.encode())
-            self._count(table, largest, phone_region)
-        self.largest.sort(key=lambda row: (-row["copies"], row["title"]))
-        self.quarantined.sort(key=lambda row: (row["source"], row["title"], row["reason"]))
-        self.fingerprint = digest.hexdigest()[:16]
-        schema = pa.schema([(name, pa.string()) for name in ("title", "source", "reason")])
+            table = pa.concat_tables(tables, promote_options="default") if len(tables) > 1 else tables[0]
+            table = self._with_findings(self._unrepeated(table))
+            version.add(table["id"].to_pylist(), table["text"].to_pylist())
+            table = table.drop_columns(["content"])
+            pq.write_table(table, self._partial / f"part-{shard:x}.parquet", compression="zstd")
+            self.statistics.update(table, largest)
+        self.statistics.largest.sort(key=lambda row: (-row["copies"], row["title"]))
+        self.quarantined.sort(key=lambda row: (row["split"], row["source"], row["title"], row["reason"]))
+        self.fingerprint = str(version)
+        schema = pa.schema([(name, pa.string()) for name in ("title", "source", "split", "reason")])
         pq.write_table(pa.Table.from_pylist(self.quarantined, schema=schema), self._quarantine)
+        if self.leaks:
+            pq.write_table(pa.Table.from_pylist(self.leaks), self._quarantine.with_name("leaks.parquet"))
         shutil.rmtree(self._folder, ignore_errors=True)
         self._partial.rename(self._folder)
 
-    def _writer(self, shard: str, schema: pa.Schema) -> pq.ParquetWriter:
-        if shard not in self._writers:
-            self._writers[shard] = pq.ParquetWriter(self._spool / f"{shard}.parquet", schema)
-        return self._writers[shard]
+    def _file(self, split: str, shard: int) -> Path:
+        return self._spool / f"{self.index.splits.index(split)}-{shard:x}.parquet"
 
-    def _texts(self, wanted: Iterable[bytes]) -> dict[str, str]:
-        names = {name.decode() for name in wanted}
-        texts: dict[str, str] = {}
-        for file in sorted(self._spool.glob("*.parquet")):
+    def _writer(self, split: str, shard: int, schema: pa.Schema) -> pq.ParquetWriter:
+        if (split, shard) not in self._writers:
+            self._writers[split, shard] = pq.ParquetWriter(self._file(split, shard), schema)
+        return self._writers[split, shard]
+
+    def _texts(self, places: np.ndarray) -> dict[int, str]:
+        """The texts of these documents, by their place in the index."""
+        wanted = {self.index.name(place): place for place in places.tolist()}
+        texts: dict[int, str] = {}
+        for file in sorted(self._spool.glob("*.parquet")) if wanted else []:
             with pq.ParquetFile(file) as parquet:
-                for batch in parquet.iter_batches(columns=["id", "text"]):
-                    pairs = zip(batch["id"].to_pylist(), batch["text"].to_pylist(), strict=True)
-                    texts.update((name, text) for name, text in pairs if name in names)
+                for batch in parquet.iter_batches(columns=["id", "text", "content"]):
+                    columns = (batch[name].to_pylist() for name in ("id", "text", "content"))
+                    for name, text, content in zip(*columns, strict=True):
+                        place = wanted.get(name)
+                        if place is not None and content == self.index.content[place]:
+                            texts[place] = text
         return texts
 
     def _unrepeated(self, table: pa.Table) -> pa.Table:
-        """Sorted by id; of rows with one id (same text, same source) the first title stays."""
-        table = table.sort_by([("id", "ascending"), ("title", "ascending")])
-        ids = np.array(table["id"].to_pylist(), dtype="S32")
-        repeated = np.concatenate([[False], ids[1:] == ids[:-1]])
-        if not repeated.any():
+        """Sorted by id; of rows with one id the one that the index counts stays, the others are quarantined."""
+        table = table.sort_by([("id", "ascending"), ("content", "ascending")])
+        ids = np.array([name.encode() for name in table["id"].to_pylist()])
+        again = np.flatnonzero(np.concatenate([[False], ids[1:] == ids[:-1]]))
+        if not len(again):
             return table
-        for row in table.filter(pa.array(repeated)).select(["title", "source"]).to_pylist():
-            self.quarantined.append({**row, "reason": REPEATED})
-        return table.filter(pa.array(~repeated))
+        texts = table["text"]
+        rows = table.select(["title", "source", "split"]).take(again).to_pylist()
+        for place, row in zip(again.tolist(), rows, strict=True):
+            reason = SAME_ROW if texts[place] == texts[place - 1] else SAME_ID
+            self.quarantined.append({**row, "reason": reason})
+        return table.filter(pa.array(~np.isin(np.arange(len(ids)), again)))
 
-    def _with_duplicates(self, table: pa.Table) -> pa.Table:
-        entries = [self._duplicates.get(document_id, ("", "", 0.0)) for document_id in table["id"].to_pylist()]
+    def _with_findings(self, table: pa.Table) -> pa.Table:
+        ids = table["id"].to_pylist()
+        entries = [self._duplicates.get(name, ("", "", 0.0)) for name in ids]
         table = table.append_column("keep", pa.array([not survivor for survivor, _, _ in entries]))
         table = table.append_column("duplicate_of", pa.array([survivor for survivor, _, _ in entries]))
         table = table.append_column("duplicate_kind", pa.array([kind for _, kind, _ in entries]))
-        return table.append_column("similarity", pa.array([s for _, _, s in entries], pa.float32()))
-
-    def _count(self, table: pa.Table, largest: dict[str, int], phone_region: str) -> None:
-        kinds = Counter(table["duplicate_kind"].to_pylist())
-        self.documents += table.num_rows
-        self.kept += kinds[""]
-        self.exact_duplicates += kinds["exact"]
-        self.near_duplicates += kinds["near"]
-        self.lengths += table["characters"].to_pylist()
-        self.languages.update(table["language"].to_pylist())
-        self.packages.update(source.split(" ", 1)[0].split(":", 1)[0] for source in table["source"].to_pylist())
-        for row in table.filter(pa.array([i in largest for i in table["id"].to_pylist()])).to_pylist():
-            self.largest.append(
-                {
-                    "copies": largest[row["id"]],
-                    "title": row["title"],
-                    "text": _snippet(row["text"]),
-                    "source": row["source"],
-                }
-            )
-        seen = Counter(example["kind"] for example in self.examples)
-        any_found = np.zeros(table.num_rows, dtype=bool)
-        for kind in KINDS:
-            if seen[kind] < PII_EXAMPLES:
-                any_found |= table[f"{kind}s"].to_numpy() > 0
-        for row in table.filter(pa.array(any_found)).to_pylist():
-            for finding in find(row["text"], phone_region):
-                if seen[finding.kind] < PII_EXAMPLES:
-                    seen[finding.kind] += 1
-                    self.examples.append(
-                        {
-                            "kind": finding.kind,
-                            "masked": finding.masked(),
-                            "title": row["title"],
-                            "source": row["source"],
-                        }
-                    )
-
-
-def _snippet(text: str, characters: int = 120) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= characters else line[: characters - 1] + "…"
+        table = table.append_column("similarity", pa.array([s for _, _, s in entries], pa.float32()))
+        if "flags" in table.column_names:
+            table = table.append_column("conflicts", pa.array([self._conflicts.get(n, 0) for n in ids], pa.int32()))
+        if len(self.index.splits) > 1:
+            held = [self._holds.get(name, ("", "")) for name in ids]
+            table = table.append_column("leak", pa.array([kind for _, kind in held], pa.string()))
+            table = table.append_column("leak_of", pa.array([other for other, _ in held], pa.string()))
+        return table
