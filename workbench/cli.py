@@ -5,6 +5,7 @@ what is imported here is light, so that ``--help`` needs neither torch nor ray.
 """
 
 import importlib
+import json
 import sys
 import traceback
 from collections.abc import Sequence
@@ -26,9 +27,11 @@ from workbench.runs_cli import runs_app
 
 GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
     "data": (
-        "Documents: audit, embed, search.",
+        "Documents: audit, filter, embed, search.",
         {
-            "audit": Command("data_pipelines.audit", "Count, measure and screen a set of documents."),
+            "audit": Command("data_pipelines.audit", "Count, measure and screen a set of documents.", gates=True),
+            "filter": Command("data_pipelines.filter", "Make the clean set of an audit, by rules.", ray=False),
+            "compare": Command("data_pipelines.compare", "Tell what changed between two audits.", ray=False),
             "embed": Command("data_pipelines.embed", "Embed documents into Milvus; restarts where it died."),
             "search": Command(
                 "data_pipelines.search", "Search a collection by meaning.", positional="query", ray=False
@@ -106,9 +109,14 @@ def _add_command(group_app: typer.Typer, group: str, name: str, command: Command
         as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, nothing else.")] = False,
         name_: Annotated[str, typer.Option("--name", help="A label for the run folder.")] = "",
         profile: Annotated[bool, typer.Option("--profile", help="Sample the hosts while it runs.")] = False,
+        fail_on: Annotated[
+            list[str] | None,
+            typer.Option(metavar="'NAME>NUMBER'", hidden=not command.gates, help="Exit code 1 where it holds."),
+        ] = None,
     ) -> None:
         recorder = RECORDER if profile else ""
-        execute(group, name, command, arguments or [], run_name=name_, as_json=as_json, recorder=recorder)
+        gates = [f"fail_on={json.dumps(fail_on)}"] if fail_on else []
+        execute(group, name, command, [*(arguments or []), *gates], run_name=name_, as_json=as_json, recorder=recorder)
 
 
 def _with_keys(command: Command) -> type[typer.core.TyperCommand]:

@@ -28,13 +28,15 @@ OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=")
 class Command:
     """One ``workbench GROUP NAME``: the module that has its ``run``, imported only when it is called.
 
-    ``positional`` is the config key that a bare argument fills; ``ray`` says whether it needs a Ray session.
+    ``positional`` is the config key that a bare argument fills; ``ray`` says whether it needs a Ray session; ``gates``
+    that it has a key ``fail_on``, which ``--fail-on`` sets.
     """
 
     module: str
     help: str
     positional: str = ""
     ray: bool = True
+    gates: bool = False
 
     def schema(self) -> type[Config]:
         """The config class: the type of ``run``'s first parameter."""
