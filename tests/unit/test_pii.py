@@ -98,7 +98,7 @@ NATIONAL: dict[str, Callable[[random.Random], str]] = {
         + some(r, string.digits, 2), "br.cpf",
     ),
     "FI identity": lambda rng: with_check(
-        rng, lambda r: f"1311{r.randrange(50, 99)}-{r.randrange(100, 899)}{r.choice('0123456789ABCDEFHJKLM')}", "fi.hetu"
+        rng, lambda r: f"1311{r.randrange(50, 99)}-{r.randrange(100, 899)}{r.choice('0123456789ABCDEFHJK')}", "fi.hetu"
     ),
     "SE identity": lambda rng: with_check(
         rng, lambda r: f"8{r.randrange(9)}0{r.randrange(1, 9)}1{r.randrange(9)}-{some(r, string.digits, 4)}",
