@@ -84,6 +84,20 @@ if [ "$failures" -ge 5 ]; then
 fi
 echo "$failures" >"$folder/failures"
 (umask 077 && mkdir -p "$folder/gcs")
+
+# Ray looks after the jobs of before only once somebody asks its job manager for something: until then, a job that ended
+# with the head is listed as running. So it is asked, for five minutes from now, about a job that there is not.
+("$environment/bin/python" - {agent} <<'END' &
+import contextlib, os, sys, time, urllib.request
+request = urllib.request.Request(sys.argv[1] + "/api/job_agent/jobs/none/logs")
+if "RAY_AUTH_TOKEN_PATH" in os.environ:
+    request.add_header("Authorization", "Bearer " + open(os.environ["RAY_AUTH_TOKEN_PATH"]).read().strip())
+for _ in range(60):
+    time.sleep(5)
+    with contextlib.suppress(OSError):  # not up yet; or 404, as it should be
+        urllib.request.urlopen(request, timeout=10)
+END
+)
 """
 
 
@@ -97,11 +111,16 @@ def start_script(inventory: Inventory, name: str, environment: str, arguments: l
         token=shell_path(inventory.token_file),
         longest_temp=LONGEST_TEMP,
         days=inventory.keep_sessions_days,
-        keep_state=KEEP_STATE if name == inventory.head else "",
+        keep_state=KEEP_STATE.replace("{agent}", _agent(inventory)) if name == inventory.head else "",
         arguments=" \\\n".join(
             f"    {argument if argument.startswith('--temp-dir=') else shlex.quote(argument)}" for argument in arguments
         ),
     )
+
+
+def _agent(inventory: Inventory) -> str:
+    address = inventory.hosts[inventory.head].address
+    return f"http://{f'[{address}]' if ':' in address else address}:{inventory.ports.agent}"
 
 
 def shell_path(path: str) -> str:

@@ -204,7 +204,7 @@ def host(tmp_path: Path) -> Iterator[Path]:
     python = tmp_path / "env/bin/python"
     python.parent.mkdir(parents=True)
     told = 'pwd; printf "%s\\n" "$@"; env | grep -E "^(RAY_|WORKBENCH_)"'
-    python.write_text(f"#!/bin/sh\n{{ {told}; }} >{tmp_path}/ran\n")
+    python.write_text(f'#!/bin/sh\n[ "$1" = -m ] || exit 0\n{{ {told}; }} >{tmp_path}/ran\n')
     python.chmod(0o755)
     inventory = one_host(folder=str(tmp_path / "wb"), environment=str(tmp_path / "env"))
     name = f"test-{os.getpid()}"
