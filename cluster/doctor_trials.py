@@ -102,5 +102,5 @@ def _writable(where: str, reason: str, inventory: Inventory, host: Host) -> str:
     if "No such file" in reason:
         return f"{login} 'sudo mkdir -p {where} && sudo mount -t nfs SERVER:/EXPORT {where}'    (and into /etc/fstab)"
     if "Permission" in reason:
-        return f"{login} sudo chown {host.user} {where}"
+        return f"{login} sudo mount {where}    (if findmnt {where} shows it mounted: sudo chown {host.user} {where})"
     return f"{login} 'findmnt -T {where}; touch {where}/try'"
