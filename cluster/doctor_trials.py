@@ -63,7 +63,8 @@ def check_storage(inventory: Inventory, seen: Seen) -> Iterator[Row]:
         facts = seen.facts[name]
         unread = {writer: why for writer, why in seen.reads.get(name, {}).items() if why}
         if reason:
-            yield Row(name, "storage", "failed", f"cannot write to {where}: {reason.partition(' (Request')[0]}", "writable",
+            told = reason.partition(" (Request")[0]  # an object store adds a number that is of no use here
+            yield Row(name, "storage", "failed", f"cannot write to {where}: {told}", "writable",
                       _writable(where, reason, inventory, inventory.hosts[name]))  # fmt: skip
         elif unread:
             told = "; ".join(f"{writer}'s file: {why}" for writer, why in unread.items())
