@@ -1,5 +1,6 @@
 """The labs of the tests: one for all that share a cluster, brought up once."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -17,7 +18,13 @@ def can_lab() -> None:
 
 @pytest.fixture(scope="session")
 def site(can_lab: None) -> Iterator[Site]:
-    """Three hosts and a laptop with an inventory; the cluster is up."""
+    """Three hosts and a laptop with an inventory; the cluster is up.
+
+    With LAB=attach it is the lab of ``python -m lab up``, brought up by hand.
+    """
+    if os.environ.get("LAB") == "attach":
+        yield Site(Lab.attach())
+        return
     with Lab.start(HOSTS) as lab:
         site = Site(lab)
         site.discover()

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
@@ -65,6 +66,18 @@ class Lab:
             lab.stop()
             raise
         return lab
+
+    @classmethod
+    def attach(cls) -> "Lab":
+        """The lab that was started to stay. Raises LookupError if there is none."""
+        for folder in sorted(STATE.iterdir()) if STATE.exists() else ():
+            record = folder / "hosts.json"
+            if record.exists() and _alive(folder):
+                lab, known = cls(folder), json.loads(record.read_text())
+                lab.network = Network(known["network"])
+                lab.hosts = {name: Host(**fields) for name, fields in known["hosts"].items()}
+                return lab
+        raise LookupError("no lab is up: python -m lab up")
 
     def __enter__(self) -> "Lab":
         return self
@@ -127,6 +140,8 @@ class Lab:
             self._await_boot(host)
         for host in self.hosts.values():
             host.await_port(22)
+        known = {"network": self.network.pid, "hosts": {name: asdict(host) for name, host in self.hosts.items()}}
+        (self.folder / "hosts.json").write_text(json.dumps(known))
 
     def _process(self, name: str, command: list[str], namespaces: list[str], stay: bool) -> int:
         """Start ``command`` in new ``namespaces``; the process id of its PID 1."""

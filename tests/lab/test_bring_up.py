@@ -62,7 +62,8 @@ def test_nothing_secret_is_readable_by_others_or_rendered(hosts: Site) -> None:
     for name in hosts.members:
         host = hosts.lab[name]
         assert host.run("stat -c %a ~/.workbench/token").stdout.strip() == "600"
-        found = host.run(f"grep -rlF {token} ~ /tmp /srv/storage /proc/[0-9]*/cmdline 2>/dev/null", check=False).stdout
+        search = "grep -rlFf - ~ /tmp /srv/storage /proc/[0-9]*/cmdline 2>/dev/null"
+        found = host.run(search, stdin=token, check=False).stdout
         assert found.split() == [f"/home/{USER}/.workbench/token"]
 
 

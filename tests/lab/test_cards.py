@@ -6,7 +6,7 @@ import json
 import pytest
 
 from lab.cards import RTX_5060_TI, RTX_5090, RTX_PRO_6000
-from lab.site import BOX, HEAD, SPARE, Site
+from lab.site import BOX, HEAD, SPARE, Site, until
 
 pytestmark = pytest.mark.lab
 
@@ -68,8 +68,8 @@ def test_every_request_gets_its_card_and_nobody_elses(site: Site) -> None:
         ("--gpu '>=200GB'", "rtx-pro-6000"),
         ("--gpu rtx-5060-ti --host system-a", "linux-box"),
         ("--gpus 'all on spare'", "spare"),
-        ("--gpus 5", ""),
-        ("--mps", "mps"),
+        ("--gpus 5", "no room for 5 cards"),
+        ("--mps", "no Apple GPU"),
         ("--cpus 64", "CPU"),
         ("--host nowhere", "system-a"),
     ],
@@ -97,6 +97,9 @@ def test_what_must_wait_says_what_for(site: Site) -> None:
     )
     site.python(HEAD, hold)
     try:
+        until(
+            lambda: site.status()["hosts"][HEAD]["free"]["rtx-pro-6000"] == 0, 30, "the head's report of what is free"
+        )
         done = site.workbench("submit --gpu rtx-pro-6000 --name waits --detach -- runs list")
         assert "rtx-pro-6000" in done.stderr and "wait" in done.stderr
         row = json.loads(site.workbench("jobs status waits --json").stdout)

@@ -10,9 +10,7 @@ from lab.site import BOX, HEAD, SPARE, Site
 pytestmark = pytest.mark.lab
 
 DRIVER = "import ray; ray.init(address='{address}', log_to_driver=False); print('LET IN')"
-RUN_A_TASK = (
-    "import ray; ray.init(address='{address}'); print(ray.get(ray.remote(lambda: 'LET IN').remote(), timeout=20))"
-)
+RUN_A_TASK = DRIVER.replace("print('LET IN')", "print(ray.get(ray.remote(lambda: 'LET IN').remote(), timeout=20))")
 STORE = """
 from ray._raylet import GcsClient
 client = GcsClient(address='{address}')
