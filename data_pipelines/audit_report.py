@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 
 from data_pipelines.corpus import Corpus
 from data_pipelines.gates import Gate
+from data_pipelines.pii import KINDS, redact
 from data_pipelines.statistics import LENGTHS, SHARES, Statistics
 from workbench.report import Report
 
@@ -139,9 +140,9 @@ def _leakage(report: Report, corpus: Corpus, config: "AuditConfig") -> None:
             {
                 "side": f"{side}: {leak[f'{side}_split']}",
                 "id": leak[f"{side}_id"],
-                "before": leak[f"{side}_before"],
-                "the same words": leak[f"{side}_span"],
-                "after": leak[f"{side}_after"],
+                "before": redact(leak[f"{side}_before"], KINDS)[0],
+                "the same words": redact(leak[f"{side}_span"], KINDS)[0],
+                "after": redact(leak[f"{side}_after"], KINDS)[0],
             }
             for side in ("evaluation", "training")
         ]

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_pipelines.exchanges import FLAGS
-from data_pipelines.pii import KINDS, find
+from data_pipelines.pii import KINDS, find, redact
 
 PII_EXAMPLES = 5
 OUTLIERS = 5
@@ -32,8 +32,8 @@ def group_of(source: str) -> str:
 
 
 def snippet(text: str, characters: int = 120) -> str:
-    """The start of a text on one line."""
-    line = " ".join(text[: 4 * characters].split())
+    """The start of a text on one line, fit for a report: without personal data."""
+    line = " ".join(redact(text[: 4 * characters], KINDS)[0].split())
     return line if len(line) <= characters else line[: characters - 1] + "…"
 
 
