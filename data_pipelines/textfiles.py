@@ -9,7 +9,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,8 @@ TABLES = (".parquet", ".jsonl", ".ndjson", ".csv", ".tsv")
 TEXTS = (".txt", ".md", ".markdown", ".rst")
 PARSED = (".html", ".htm", ".pdf")
 COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
+PART_BYTES = 16_000_000
+"""A larger table is read in parts of about this size, so that one file keeps several workers busy."""
 LONGEST_LINE = 64_000_000
 """Bytes of a line of JSON; the rest of a longer one is skipped."""
 CHECKED_FILES = 20
@@ -33,13 +35,19 @@ CHECKED_FILES = 20
 
 @dataclass(frozen=True)
 class TextFile:
-    """One file of documents; ``name`` is its path below the given folder, ``size`` is in bytes."""
+    """One file of documents, or a part of it; ``name`` is its path below the given folder, ``size`` is in bytes.
+
+    ``part`` is (first, end) of the row groups of Parquet, of the bytes of JSON Lines, None for the whole file; ``line``
+    is how many rows or lines stand before it.
+    """
 
     filesystem: "fs.FileSystem"
     path: str
     name: str
     size: int
     columns: Columns
+    part: tuple[int, int] | None = None
+    line: int = 0
 
     def rows(self) -> Iterator[Row]:
         """Its documents; what cannot be read is a row with a reason."""
@@ -58,16 +66,20 @@ class TextFile:
 
     def _stream(self) -> io.BufferedReader:
         """The content, decompressed as the name says."""
+        if self.part:
+            first, end = self.part
+            with self.filesystem.open_input_file(self.path) as file:
+                return io.BufferedReader(io.BytesIO(file.read_at(end - first, first)))
         return io.BufferedReader(self.filesystem.open_input_stream(self.path, compression="detect"), 1 << 20)
 
     def _parquet(self) -> Iterator[Row]:
         import pyarrow.parquet as pq
 
-        line = 0
+        line = self.line
         with self.filesystem.open_input_file(self.path) as stream, pq.ParquetFile(stream) as file:
             present = set(file.schema_arrow.names)
             columns = [name for name in self.columns.wanted() if name in present]
-            for group in range(file.num_row_groups):
+            for group in range(*(self.part or (0, file.num_row_groups))):
                 first = line
                 try:
                     for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=columns):
@@ -94,7 +106,7 @@ class TextFile:
 
     def _json_lines(self) -> Iterator[Row]:
         with self._stream() as stream:
-            for line, content in enumerate(bounded_lines(stream), 1):
+            for line, content in enumerate(bounded_lines(stream), self.line + 1):
                 if content is None:
                     yield self._bad("line is too long", line)
                 elif content.strip():
@@ -230,7 +242,49 @@ def text_files(source: str | Path, columns: Columns) -> list[TextFile]:
     files.sort(key=lambda file: file.name)
     for file in [file for file in files if kind_of(file.name) in (*TABLES, ".json")][:CHECKED_FILES]:
         _check_columns(file, alone=len(files) == 1)
-    return files
+    return [part for file in files for part in parts_of(file)]
+
+
+def parts_of(file: TextFile) -> list[TextFile]:
+    """The parts of a large Parquet file, and of a large file of JSON lines on this machine; of any other the file."""
+    import pyarrow as pa
+    import pyarrow.fs as fs
+
+    if file.size <= PART_BYTES:
+        return [file]
+    try:
+        if kind_of(file.name) == ".parquet":
+            return _row_groups(file)
+        if file.name.lower().endswith((".jsonl", ".ndjson")) and isinstance(file.filesystem, fs.LocalFileSystem):
+            return _line_ranges(file)
+    except (OSError, pa.ArrowException):
+        pass  # read as a whole, it becomes a row that says so
+    return [file]
+
+
+def _row_groups(file: TextFile) -> list[TextFile]:
+    import pyarrow.parquet as pq
+
+    with file.filesystem.open_input_file(file.path) as stream:
+        metadata = pq.read_metadata(stream)
+    parts, first, line, rows, size = [], 0, 0, 0, 0
+    for group in range(metadata.num_row_groups):
+        rows += metadata.row_group(group).num_rows
+        size += metadata.row_group(group).total_byte_size
+        if size >= PART_BYTES or group == metadata.num_row_groups - 1:
+            parts.append(replace(file, size=size, part=(first, group + 1), line=line))
+            first, line, rows, size = group + 1, line + rows, 0, 0
+    return parts
+
+
+def _line_ranges(file: TextFile) -> list[TextFile]:
+    parts, first, line = [], 0, 0
+    with Path(file.path).open("rb") as stream:
+        while block := stream.read(PART_BYTES):
+            block += stream.readline(LONGEST_LINE)
+            parts.append(replace(file, size=len(block), part=(first, first + len(block)), line=line))
+            first, line = first + len(block), line + block.count(b"\n")
+    return parts
 
 
 def _filesystem(source: str) -> "tuple[fs.FileSystem, str]":

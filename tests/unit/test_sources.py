@@ -98,6 +98,21 @@ def test_what_is_broken_has_a_reason(name: str, content: bytes, reasons: list[st
     assert [row.reason for row in rows(tmp_path / name)] == reasons
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_a_large_table_is_read_in_parts(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"Document {i} of them.\u2028" for i in range(1000)]
+    if suffix == "parquet":
+        pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=90)
+    else:
+        (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    whole = rows(tmp_path)
+    monkeypatch.setattr(textfiles, "PART_BYTES", 2000)
+    parts = text_files(tmp_path, Columns())
+    assert len(parts) > 5
+    assert [row for part in parts for row in part.rows()] == whole
+    assert [row.source for row in whole] == [f"a.{suffix}:{i}" for i in range(1, 1001)]
+
+
 def test_a_truncated_parquet_file_among_others_stops_nothing(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["whole"] * 3}), tmp_path / "b.parquet")
     (tmp_path / "a.parquet").write_bytes((tmp_path / "b.parquet").read_bytes()[:-20])
