@@ -84,7 +84,11 @@ def open_reading(reading: Reading) -> Opened:
         return Opened(rows, False, source, {"subset": reading.subset, "split": reading.split})
     if scheme in FILE_URLS:
         files = text_files(source, columns)
-        facts = {"source": redact(source), "files": len({file.path for file in files}), "bytes": sum(file.size for file in files)}
+        facts = {
+            "source": redact(source),
+            "files": len({file.path for file in files}),
+            "bytes": sum(file.size for file in files),
+        }
         return Opened(files, scheme != "file", "documents", facts)
     if scheme:
         from data_pipelines.databases import query_rows
