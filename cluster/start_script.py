@@ -86,16 +86,20 @@ echo "$failures" >"$folder/failures"
 (umask 077 && mkdir -p "$folder/gcs")
 
 # Ray looks after the jobs of before only once somebody asks its job manager for something: until then, a job that ended
-# with the head is listed as running. So it is asked, for five minutes from now, about a job that there is not.
-("$environment/bin/python" - {agent} <<'END' &
+# with the head is listed as running. So it is asked, for five minutes or as long as this process, about no job at all.
+("$environment/bin/python" - {agent} $$ <<'END' &
 import contextlib, os, sys, time, urllib.request
 request = urllib.request.Request(sys.argv[1] + "/api/job_agent/jobs/none/logs")
 if "RAY_AUTH_TOKEN_PATH" in os.environ:
     request.add_header("Authorization", "Bearer " + open(os.environ["RAY_AUTH_TOKEN_PATH"]).read().strip())
-for _ in range(60):
-    time.sleep(5)
+for second in range(300):
+    time.sleep(1)
+    try:
+        os.kill(int(sys.argv[2]), 0)
+    except ProcessLookupError:
+        break
     with contextlib.suppress(OSError):  # not up yet; or 404, as it should be
-        urllib.request.urlopen(request, timeout=10)
+        second % 5 or urllib.request.urlopen(request, timeout=10)
 END
 )
 """
