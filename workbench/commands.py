@@ -19,6 +19,7 @@ from typing import Any, get_type_hints
 from workbench.config import Config, load
 from workbench.errors import UserError
 from workbench.interrupt import catch_signals, one_exit_code
+from workbench.redact import redact
 from workbench.runs import finish, open_run
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=")
@@ -105,7 +106,7 @@ def execute(group: str, name: str, command: Command, arguments: Sequence[str], *
                 summary = module.run(config, run)
             if profiler:
                 profiler.add_to_report(run)
-        summary = {**summary, "seconds": round(time.monotonic() - begun, 1)}
+        summary = redact({**summary, "seconds": round(time.monotonic() - begun, 1)})
         finish(run, summary)
     show(summary, run.folder, as_json)
 

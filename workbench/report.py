@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.files import read_json, write_atomic, write_json
+from workbench.redact import redact
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -46,14 +47,19 @@ class Report:
         """Named links, relative to the report's folder."""
         self.sections.append({"kind": "links", "title": title, "targets": targets, "note": note})
 
-    def include(self, other: Path, kinds: tuple[str, ...] = ("figure",)) -> None:
-        """Append the sections of these ``kinds`` from another report, by the ``report.json`` it left."""
-        self.sections += [section for section in read_json(other)["sections"] if section["kind"] in kinds]
+    def include(self, other: Path, tables: tuple[str, ...] = ()) -> None:
+        """Append another report's figures and texts, and its tables whose title begins so, from its ``report.json``."""
+        self.sections += [
+            section
+            for section in read_json(other)["sections"]
+            if section["kind"] in ("figure", "text")
+            or (section["kind"] == "table" and tables and section["title"].startswith(tables))
+        ]
 
     def write(self, path: Path) -> None:
         """Render to ``path``, atomically, and the sections to ``report.json`` beside it for reports that gather others.
 
-        plotly.js is inlined only where a figure needs it.
+        Secrets are masked. plotly.js is inlined only where a figure needs it.
         """
         import jinja2
 
@@ -65,10 +71,11 @@ class Report:
             from plotly.offline import get_plotlyjs
 
             script = get_plotlyjs()
-        summary = {key: _cell(value) for key, value in self.summary.items()}
-        page = environment.get_template("report.html.j2").render(report=self, summary=summary, plotly=script)
+        report = Report(self.title, redact(self.summary), redact(self.sections))
+        summary = {key: _cell(value) for key, value in report.summary.items()}
+        page = environment.get_template("report.html.j2").render(report=report, summary=summary, plotly=script)
         write_atomic(path, page)
-        write_json(path.with_suffix(".json"), {"title": self.title, "sections": self.sections})
+        write_json(path.with_suffix(".json"), {"title": report.title, "sections": report.sections})
 
 
 def _cell(value: Any) -> str:

@@ -77,7 +77,7 @@ class Run:
         if path is not None:
             facts = {"path": str(path), "sha256": fingerprint(path), **facts}
         self._inputs[name] = facts
-        write_json(self.folder / "inputs.json", self._inputs)
+        write_json(self.folder / "inputs.json", redact(self._inputs))
 
     def hosts(self, hosts: list[dict[str, Any]]) -> None:
         """Record the machines of the cluster that the run was given in ``environment.json``."""
@@ -90,7 +90,7 @@ class Run:
 
     def say(self, text: str) -> None:
         """Tell what was found so far: a line on stderr, and the progress that watchers read in ``status.json``."""
-        print(text, file=sys.stderr, flush=True)
+        print(redact(text), file=sys.stderr, flush=True)
         self._write_status(progress=text)
 
     @contextmanager
@@ -103,7 +103,7 @@ class Run:
             raise
 
     def _write_status(self, **changes: Any) -> None:
-        self._status |= changes
+        self._status |= redact(changes)
         write_json(self.folder / "status.json", self._status)
 
 
@@ -144,7 +144,7 @@ def open_run(
         raise
     except BaseException as error:
         detail = str(error) or type(error).__name__
-        write_atomic(folder / "error.txt", traceback.format_exc())
+        write_atomic(folder / "error.txt", redact(traceback.format_exc()))
         raise
     finally:
         run._write_status(
@@ -158,10 +158,11 @@ def open_run(
 
 def finish(run: Run, summary: Mapping[str, Any]) -> None:
     """Write ``summary.json`` and ``report.html``: the last act of a run that succeeded."""
-    run.report.summary = dict(summary)
+    shown = redact(dict(summary))
+    run.report.summary = shown
     run.report.write(run.folder / "report.html")
-    run.tracker.close(dict(summary))
-    write_json(run.folder / "summary.json", dict(summary))
+    run.tracker.close(shown)
+    write_json(run.folder / "summary.json", shown)
 
 
 def describe_environment(argv: Sequence[str] = ()) -> dict[str, Any]:

@@ -130,11 +130,42 @@ def test_secrets_reach_no_file_of_the_run() -> None:
     argv = ["data", "audit", "api_key=sk-hidden", "uri=http://root:hidden@host:19530"]
     with open_run("data", "audit", config, argv=argv) as run:
         run.metrics(1, loss=0.5)
-        finish(run, {})
+        run.input("collection", uri=config.uri)
+        run.report.table("What is there", [{"uri": config.uri}])
+        run.report.text("Where", f"at {config.uri}")
+        run.say(f"3 rows at {config.uri}")
+        finish(run, {"uri": config.uri})
     for path in run.folder.rglob("*"):
         if path.is_file():
             assert b"hidden" not in path.read_bytes(), path
     assert "http://root:(secret)@host:19530" in (run.folder / "config.yaml").read_text()
+
+
+def test_a_failure_that_names_a_secret_is_recorded_without_it() -> None:
+    with (
+        pytest.raises(ZeroDivisionError),
+        open_run("data", "audit", Example(api_key="", uri="http://root:hidden@host")) as run,
+    ):
+        raise ZeroDivisionError("no rows at http://root:hidden@host")
+    for path in run.folder.rglob("*"):
+        assert not path.is_file() or b"hidden" not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize(
+    ("argument", "expected"),
+    [
+        ("uri=http://root:pa@ss@h:1", "uri=http://root:(secret)@h:1"),
+        ("models=[{name: a, api_key: sk-1}]", "models=[{api_key: (secret), name: a}]"),
+        ("model={api_key: [sk-1, sk-2]}", "model={api_key: [(secret), (secret)]}"),
+        ("sizes=[1, 2]", "sizes=[1, 2]"),
+        ("broken=[{api_key", "broken=[{api_key"),
+        ("at=http://host:8265/a@b", "at=http://host:8265/a@b"),
+    ],
+)
+def test_an_argument_is_masked_wherever_its_secret_stands(argument: str, expected: str) -> None:
+    from workbench.redact import redact_argument
+
+    assert redact_argument(argument) == expected
 
 
 def test_keys_that_only_sound_secret_are_kept() -> None:
