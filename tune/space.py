@@ -1,6 +1,7 @@
 """A search space over the dotted keys of a workload's config, checked before anything runs."""
 
 import difflib
+import random
 from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
@@ -35,15 +36,31 @@ class Range(Config):
         """Values that stand for all: each choice, or both bounds."""
         return list(self.choice or self.uniform or self.loguniform or ())
 
-    def domain(self) -> Any:
-        """As a Ray Tune search space."""
-        from ray import tune
-
+    def spread(self, count: int, source: random.Random) -> list[Any]:
+        """``count`` values in any order: one from each of as many equal parts of the range; of a list, each in turn."""
         if self.choice:
-            return tune.choice(self.choice)
-        if self.uniform:
-            return tune.uniform(*self.uniform)
-        return tune.loguniform(*(self.loguniform or ()))
+            deck = source.sample(self.choice, len(self.choice))
+            values = [deck[turn % len(deck)] for turn in range(count)]
+        else:
+            shares = [(part + source.random()) / count for part in range(count)]
+            if self.uniform:
+                low, high = self.uniform
+                values = [low + share * (high - low) for share in shares]
+            else:
+                low, high = self.loguniform or (1.0, 1.0)
+                values = [low * (high / low) ** share for share in shares]
+        source.shuffle(values)
+        return values
+
+
+def draw_points(space: dict[str, Range], trials: int, seed: int) -> list[dict[str, Any]]:
+    """``trials`` points that cover every key evenly: a Latin hypercube (McKay, Beckman and Conover 1979).
+
+    Independent draws leave parts of a small sweep's ranges empty, and may give one value of a list to all trials.
+    """
+    source = random.Random(f"space {seed}")
+    columns = {key: values.spread(trials, source) for key, values in space.items()}
+    return [{key: column[trial] for key, column in columns.items()} for trial in range(trials)]
 
 
 def at_point(config: C, point: dict[str, Any]) -> C:

@@ -1,4 +1,4 @@
-"""Sweep a workload's config: Ray Tune draws the points, ASHA stops the ones that fall behind.
+"""Sweep a workload's config: points drawn evenly over the space run under Ray Tune, ASHA stops the ones that fall behind.
 
     workbench tune run configs/demo/sweep.yaml trials=8 scheduler.grace_steps=20
 
@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 import workloads.sft
 from cluster.nodes import Node
 from cluster.placement import Placement, place
-from tune.space import Range, at_point, check_space
+from tune.space import Range, at_point, check_space, draw_points
 from workbench.config import Config, dump
 from workbench.errors import Failure
 from workbench.files import write_atomic
@@ -119,7 +119,6 @@ def run_trials(config: SweepConfig, run: Run, placement: Placement) -> list[dict
     """Run all trials; one dict each: trial, point, state, steps, validation_loss, curve, folder, error."""
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
-    from ray.tune.search.basic_variant import BasicVariantGenerator
 
     from tune.trial import Progress, sft_trial
 
@@ -135,12 +134,11 @@ def run_trials(config: SweepConfig, run: Run, placement: Placement) -> list[dict
     progress = Progress(run)
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(sft_trial, shared=shared), needs),
-        param_space={key: values.domain() for key, values in config.space.items()},
+        param_space={"point": tune.grid_search(draw_points(config.space, config.trials, config.seed))},
         tune_config=tune.TuneConfig(
             metric="validation_loss",
             mode="min",
-            num_samples=config.trials,
-            search_alg=BasicVariantGenerator(random_state=config.seed, max_concurrent=config.concurrent),
+            max_concurrent_trials=config.concurrent,
             scheduler=ASHAScheduler(
                 time_attr="step",
                 max_t=config.config.steps + 1,  # at max_t it would stop a trial before its adapter is saved

@@ -23,14 +23,14 @@ class TrialEvents:
         """A trial is short: it starts again rather than resume."""
 
 
-def sft_trial(point: dict[str, Any], shared: dict[str, Any]) -> None:
-    """Fine-tune at ``point`` of the space on this process' device; the adapter goes to ``folder/<trial name>``."""
+def sft_trial(trial: dict[str, Any], shared: dict[str, Any]) -> None:
+    """Fine-tune at ``trial["point"]`` of the space on this process' device; the adapter goes to ``folder/<trial name>``."""
     from workloads.fine_tune import fine_tune
     from workloads.instructions import read_jsonl
     from workloads.training.devices import local_device
 
     adopt_environment(shared["environment"])  # Tune gives its trials no runtime environment
-    config = at_point(shared["config"], point)
+    config = at_point(shared["config"], trial["point"])
     fine_tune(
         config,
         read_jsonl([Path(shared["train"])]),
@@ -50,7 +50,7 @@ class Progress(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Remember its point of the space."""
-        point = dict(trial.config)
+        point = dict(trial.config["point"])
         self._seen.setdefault(str(trial), {"point": point, "curve": [], "error": ""})
         self._run.say(f"trial {trial} starts: " + ", ".join(f"{key}={_short(value)}" for key, value in point.items()))
 
@@ -64,13 +64,13 @@ class Progress(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Keep the last line of what it raised."""
         text = trial.get_error() if hasattr(trial, "get_error") else None
-        entry = self._seen.setdefault(str(trial), {"point": dict(trial.config), "curve": [], "error": ""})
+        entry = self._seen.setdefault(str(trial), {"point": dict(trial.config["point"]), "curve": [], "error": ""})
         entry["error"] = str(text or "failed").strip().splitlines()[-1]
 
     def trials(self, folder: Path) -> list[dict[str, Any]]:
         """Every trial in order; it finished if it wrote its adapter below ``folder``."""
         rows = []
-        for name, entry in sorted(self._seen.items()):
+        for name, entry in sorted(self._seen.items(), key=lambda item: int(item[0])):
             done = (folder / name / "adapter_config.json").is_file()
             state = "finished" if done else "failed" if entry["error"] else "stopped early"
             step, loss = entry["curve"][-1] if entry["curve"] else (0, None)

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tune.space import Range, at_point, check_space
+from tune.space import Range, at_point, check_space, draw_points
 from tune.sweep import SweepConfig, TrialConfig
 from workbench.config import load
 from workbench.errors import UserError
@@ -49,3 +51,14 @@ def test_the_demo_sweep_draws_learning_rate_and_rank() -> None:
     config = load(SweepConfig, file, visit_paths=False)
     assert set(config.space) == {"learning_rate", "adapter.rank"}
     assert config.trials == 4
+
+
+@given(trials=st.integers(1, 12), seed=st.integers(0, 100))
+def test_a_few_points_cover_every_key_evenly(trials: int, seed: int) -> None:
+    space = {"rate": Range(loguniform=(0.001, 1.0)), "rank": Range(choice=[8, 16, 32]), "x": Range(uniform=(0, 1))}
+    points = draw_points(space, trials, seed)
+    assert points == draw_points(space, trials, seed)
+    assert sorted(int(point["x"] * trials) for point in points) == list(range(trials))
+    assert all(0.001 <= point["rate"] <= 1 for point in points)
+    if trials >= 3:
+        assert {point["rank"] for point in points} == {8, 16, 32}
