@@ -14,7 +14,9 @@ import time
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import yaml
 from pydantic import Field
 
 from cluster.demo_display import Display
@@ -22,16 +24,25 @@ from cluster.demo_jobs import DemoJobs
 from cluster.demo_report import headline, write_report
 from cluster.stages import PORT, Stage, Step, stages
 from workbench.config import CHECKOUT, Config, runs_root
-from workbench.errors import Failure
+from workbench.errors import Failure, UserError
 from workbench.files import read_json, write_atomic, write_json
-from workbench.runs import Run, Summary, run_id, state_of
+from workbench.runs import Run, Summary, find_runs, run_id, state_of
+from workbench.session import local_cluster
 
 
 class DemoConfig(Config):
     """What ``workbench demo`` takes."""
 
     fresh: bool = Field(False, description="Run every stage again, even where an equal one finished.")
-    seed: int = Field(17, ge=0, description="Seed of the split, the training, the sweep and the evaluation.")
+    seed: int = Field(
+        17, ge=0, description="Seed of the training, of the sweep's draw and of the evaluation's questions."
+    )
+
+
+def check(config: DemoConfig) -> None:
+    """Raise UserError where this checkout has a head already, before ``fresh`` removes anything."""
+    if config.fresh and (running := local_cluster()) is not None:
+        raise UserError(f"this checkout is connected to a head at {running.dashboard}; stop that first (Ctrl-C in it)")
 
 
 def run(config: DemoConfig, run: Run) -> Summary:
@@ -61,8 +72,8 @@ class Demo:
         self._config, self._run, self._display, self._head = config, run, display, head
         self._jobs: DemoJobs | None = None
         self._finished = FinishedSteps(runs_root() / "demo" / "finished.json")
-        self._phases = run.artifact("phases.jsonl")
-        self._stop_file = run.artifact("stop-recording")
+        self._phases = run.folder / "artifacts" / "phases.jsonl"
+        self._stop_file = run.folder / "artifacts" / "stop-recording"
 
     def stage(self, index: int, stage: Stage) -> None:
         """Run or reuse the steps of one stage, and show it as line ``index``."""
@@ -109,7 +120,7 @@ class Demo:
         before = dict(self.results)
         for step in stage.steps:
             folder = self._finished.get(self._fingerprint(step))
-            if folder is None:
+            if folder is None or _collection_changed_since(folder):
                 self.results = before
                 return False
             self.results[step.key] = folder
@@ -138,7 +149,7 @@ class Demo:
             cluster = self._head.enter_context(local_head())
             self._jobs = DemoJobs(job_client(cluster), self._run)
             self._head.callback(self._jobs.stop_all)
-            self._phases.touch()
+            self._run.artifact(self._phases.name).touch()
             argv = ["profile", "record", "configs/demo/record.yaml", f"stop_file={self._stop_file}"]
             self._recorder = self._jobs.start("record", argv)
         return self._jobs
@@ -178,6 +189,19 @@ def code_fingerprint() -> str:
         for file in sorted(package.rglob("*.py")):
             digest.update(f"{file.relative_to(CHECKOUT)}\0".encode() + file.read_bytes())
     return digest.hexdigest()
+
+
+def _collection_changed_since(folder: Path) -> bool:
+    """Whether ``folder`` is of a ``data embed`` whose collection a later run has written to."""
+    if folder.parent.name != "data-embed":
+        return False
+    place = _collection(folder)
+    return any(_collection(later) == place for later in find_runs() if later.parent == folder.parent and later > folder)
+
+
+def _collection(folder: Path) -> tuple[Any, Any]:
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    return config.get("uri"), config.get("collection")
 
 
 def _port_to_serve() -> int:

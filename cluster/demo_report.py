@@ -23,21 +23,21 @@ def write_report(run: Run, plan: list[Stage], results: dict[str, Path], commands
         report.heading(f"{number}. {stage.title}", note=f"Skipped: {stage.skip}" if stage.skip else "")
         if not stage.skip:
             for step in stage.steps:
-                _add_step(run, step.key, results[step.key], commands[step.key])
+                _add_step(run, step.key, results[step.key], commands[step.key], step.tables)
     report.heading(f"{len(plan) + 1}. Profile", note="The whole demo on one time axis, a band per stage.")
-    _add_step(run, "timeline", results["timeline"], commands.get("timeline", ""))
+    _add_step(run, "timeline", results["timeline"], commands.get("timeline", ""), ("Phases",))
     return _summary(results)
 
 
-def _add_step(run: Run, key: str, folder: Path, command: str) -> None:
+def _add_step(run: Run, key: str, folder: Path, command: str, tables: tuple[str, ...]) -> None:
     summary = read_json(folder / "summary.json")
-    tables = {name: value for name, value in summary.items() if isinstance(value, list) and value}
-    scalars = {name: value for name, value in summary.items() if name not in tables}
+    lists = {name: value for name, value in summary.items() if isinstance(value, list) and value}
+    scalars = {name: value for name, value in summary.items() if name not in lists}
     run.report.table(key, [{"figure": name, "value": value} for name, value in scalars.items()], note=command)
-    for name, rows in tables.items():
+    for name, rows in lists.items():
         if isinstance(rows[0], dict):
             run.report.table(name, rows)
-    run.report.include(folder / "report.json")
+    run.report.include(folder / "report.json", tables)
     relative = os.path.relpath(folder, run.folder)
     run.report.links("", {f"report of {run_id(folder)}": f"{relative}/report.html", "run folder": f"{relative}/"})
 
@@ -47,7 +47,7 @@ def _summary(results: dict[str, Path]) -> Summary:
         "audit": ["documents", "kept"],
         "embed": ["rows"],
         "eval": ["accuracy_base", "accuracy_tuned", "accuracy_majority"],
-        "loadtest": ["output_tokens_per_second", "ttft_p50_ms"],
+        "loadtest": ["base_best_tokens_per_s", "tuned_best_tokens_per_s", "tuned_x1_ttft_p50_ms"],
     }
     summary: dict[str, Any] = {}
     for key, names in wanted.items():

@@ -17,12 +17,13 @@ ENDPOINT = "base_url=http://127.0.0.1:{port}/v1"
 @dataclass(frozen=True)
 class Step:
     """One command of a stage. ``key`` names its run for later stages; ``seeded`` passes the demo's seed on, and a step
-    that ``searches`` is redone when the collection was."""
+    that ``searches`` is redone when the collection was. ``tables`` are the titles of those on the demo's page."""
 
     key: str
     command: list[str]
     seeded: bool = False
     searches: bool = False
+    tables: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ class Stage:
 def stages() -> list[Stage]:
     """All stages that run as jobs; the profiler brackets them and the report follows."""
     return [
-        Stage("Documents", [Step("audit", ["data", "audit", "configs/demo/audit.yaml"])]),
+        Stage(
+            "Documents", [Step("audit", ["data", "audit", "configs/demo/audit.yaml"], tables=("What is kept", "Found"))]
+        ),
         Stage(
             "Embed",
             [
@@ -54,6 +57,7 @@ def stages() -> list[Stage]:
                     "pretrain",
                     ["train", "pretrain", "configs/demo/pretrain.yaml", "documents={audit}/artifacts/documents"],
                     seeded=True,
+                    tables=("Samples",),
                 )
             ],
         ),
@@ -74,6 +78,7 @@ def stages() -> list[Stage]:
                     "tune",
                     ["tune", "run", "configs/demo/sweep.yaml", "config.base={pretrain}/artifacts/model"],
                     seeded=True,
+                    tables=("Every trial",),
                 )
             ],
         ),
@@ -87,6 +92,7 @@ def stages() -> list[Stage]:
                         "tuned={tune}/artifacts/best/merged",
                     ],
                     seeded=True,
+                    tables=("Accuracy by task", "Right only", "Wrong only", "Still wrong"),
                 )
             ],
         ),
@@ -105,6 +111,7 @@ def stages() -> list[Stage]:
                 Step(
                     "loadtest",
                     ["serve", "loadtest", "configs/demo/loadtest.yaml", ENDPOINT, "prompts={sft}/artifacts/test.jsonl"],
+                    tables=("Load",),
                 ),
                 Step("down", ["serve", "down"]),
             ],

@@ -164,6 +164,8 @@ def verdict(summary: Summary, tasks: list[dict[str, Any]]) -> str:
             f"Tuned is {word} {name}: {summary['accuracy_tuned']:.1%} against {summary[f'accuracy_{other}']:.1%}, "
             f"a difference of {points:+.1f} points (95%: {low * 100:+.1f} to {high * 100:+.1f})."
         )
+    if not summary["accuracy_base"]:
+        lines.append("The base never answers in the asked form, so its share says nothing of what it knows.")
     for other in ("base", "majority"):
         behind = [entry["task"] for entry in tasks if entry["tuned"] <= entry[other]]
         lines.append(f"Tasks where tuned is not above {other}: {', '.join(behind) or 'none'}.")
