@@ -40,7 +40,7 @@ offers_cpu_torch() { # INDEX OPTION...
 
 choose_torch_index() {
     if [ -n "${TORCH_INDEX:-}" ]; then
-        offers_cpu_torch --extra-index-url "$TORCH_INDEX" ||
+        offers_cpu_torch --index-url "$TORCH_INDEX" ||
             fail "TORCH_INDEX=$TORCH_INDEX has no torch $TORCH_CPU for this Python"
         echo "$TORCH_INDEX"
     elif offers_cpu_torch; then
@@ -53,6 +53,7 @@ choose_torch_index() {
     fi
 }
 
+case "${1:-}" in "" | dev) ;; *) fail "'$1' is no argument: give dev, or nothing" ;; esac
 python="$(find_python)"
 extra="${EXTRA:-$(choose_extra)}"
 case "$extra" in cpu | cuda | none) ;; *) fail "EXTRA=$extra: give cpu, cuda or none" ;; esac
