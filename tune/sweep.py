@@ -1,4 +1,4 @@
-"""Sweep a workload's config: points drawn evenly over the space run under Ray Tune, ASHA stops the ones that fall behind.
+"""Sweep a workload's config: Ray Tune runs points spread over the space, ASHA stops the ones that fall behind.
 
     workbench tune run configs/demo/sweep.yaml trials=8 scheduler.grace_steps=20
 

@@ -24,7 +24,7 @@ class TrialEvents:
 
 
 def sft_trial(trial: dict[str, Any], shared: dict[str, Any]) -> None:
-    """Fine-tune at ``trial["point"]`` of the space on this process' device; the adapter goes to ``folder/<trial name>``."""
+    """Fine-tune at ``trial["point"]`` of the space on this process' device; the adapter goes to ``folder/NAME``."""
     from workloads.fine_tune import fine_tune
     from workloads.instructions import read_jsonl
     from workloads.training.devices import local_device

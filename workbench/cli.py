@@ -144,7 +144,7 @@ for _group, (_help, _commands) in GROUPS.items():
 @app.command()
 def demo(
     fresh: Annotated[bool, typer.Option("--fresh", help="Run every stage again.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the training, of the sweep's draw and of the evaluation's questions.")] = 17,
+    seed: Annotated[int, typer.Option(help="Seed of training, sweep and evaluation.")] = 17,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON, nothing else.")] = False,
 ) -> None:
     """Run the main job end to end on this machine: audit, embed, train, sweep, evaluate, serve, profile."""
