@@ -84,12 +84,14 @@ def _contents(documents: Any) -> dict[str, int]:
 
 
 def _rows(sides: dict[str, Any], changes: dict[str, str]) -> list[dict[str, str]]:
+    import pyarrow as pa
+
     rows = []
     for side, kinds in (("before", ("removed",)), ("after", ("added", "changed"))):
         for batch in sides[side].to_batches(columns=["id", "title", "source", "split", "text"]):
             names = batch["id"].to_pylist()
             places = [place for place, name in enumerate(names) if changes.get(name) in kinds]
-            for row in batch.take(places).to_pylist():
+            for row in batch.take(pa.array(places, pa.int64())).to_pylist():
                 rows.append({**row, "change": changes[row["id"]], "text": snippet(row["text"])})
     return sorted(rows, key=lambda row: (row["change"], row["id"]))
 
