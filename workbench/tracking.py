@@ -1,22 +1,38 @@
 """The same metrics to three places: ``metrics.jsonl``, TensorBoard and Weights & Biases.
 
 W&B runs offline unless a key is configured (``WANDB_API_KEY`` or a netrc entry for its host): there is never a
-prompt and, without a key, never a network call. One process a run writes metrics: the driver, or a worker of rank 0.
+prompt and, without a key, never a network call. Where W&B fails, the run goes on without it. One process a run writes
+metrics: the driver, or a worker of rank 0.
 """
 
 import json
 import math
 import netrc
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from workbench.config import default_environment, environment
+from workbench.config import adopt_environment, default_environment, environment
+
+MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
+"""What ``WANDB_MODE`` may be, with wandb's older names, and what it means."""
+
+INIT_TIMEOUT_SECONDS = 20.0
+"""How long a run waits for W&B's server before it goes on offline."""
 
 
 def wandb_mode() -> str:
-    """``WANDB_MODE`` if set, else ``online``; but ``offline`` for ``online`` where no key is configured."""
-    mode = environment("WANDB_MODE") or "online"
+    """``WANDB_MODE`` if set, else ``online``; but ``offline`` for ``online`` where no key is configured, and for a word
+    that wandb does not know, which is told on stderr."""
+    given = environment("WANDB_MODE") or "online"
+    mode = MODES.get(given)
+    if mode is None:
+        print(f"WANDB_MODE={given} is none of {', '.join(MODES)}: W&B runs offline", file=sys.stderr)
+        adopt_environment({"WANDB_MODE": "offline"})  # wandb reads it too, and would refuse to start
+        return "offline"
     return "offline" if mode == "online" and not _has_key() else mode
 
 
@@ -24,9 +40,41 @@ def _has_key() -> bool:
     if environment("WANDB_API_KEY"):
         return True
     try:
-        return "api.wandb.ai" in netrc.netrc().hosts
+        known = netrc.netrc(_netrc_file()).hosts
     except (OSError, netrc.NetrcParseError):
         return False
+    return bool(known.keys() & _wandb_hosts())
+
+
+def _netrc_file() -> Path:
+    """The file that ``wandb login`` writes."""
+    if given := environment("NETRC"):
+        return Path(given).expanduser()
+    first, second = (Path.home() / name for name in (".netrc", "_netrc"))
+    return second if second.exists() and not first.exists() else first
+
+
+def _wandb_hosts() -> set[str]:
+    """The hosts under which a key of the configured W&B server is kept: its own, and the one behind it."""
+    _quiet_import()
+    from wandb.sdk import wandb_setup
+    from wandb.sdk.lib import urls
+
+    try:
+        address = environment("WANDB_BASE_URL") or wandb_setup.singleton().settings.base_url
+        addresses = [urls.normalize_forge_base_url(address)]
+    except Exception as error:  # an address that wandb refuses: it has no key
+        print(f"W&B is not configured as it should be, it runs offline: {_line(error)}", file=sys.stderr)
+        return set()
+    return {urlsplit(each).netloc for each in [*addresses, urls.forge_upstream_url(addresses[0])]} - {""}
+
+
+def _quiet_import() -> None:
+    default_environment("WANDB_ERROR_REPORTING", "false")  # importing wandb reports home even when it is offline
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class Tracker:
@@ -52,7 +100,7 @@ class Tracker:
         for key, value in scalars.items():
             self._board.add_scalar(key, value, step)
         if self._wandb is not None:
-            self._wandb.log(scalars, step=step)
+            self._to_wandb("takes no more metrics", lambda run: run.log(scalars, step=step))
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
         """Flush and end all writers; safe to call twice or without any row logged."""
@@ -63,8 +111,9 @@ class Tracker:
         self._board.close()
         if self._wandb is not None:
             if summary:
-                self._wandb.summary.update(summary)
-            self._wandb.finish()
+                self._to_wandb("took no summary", lambda run: run.summary.update(summary))
+            if self._wandb is not None:
+                self._to_wandb("did not end in order", lambda run: run.finish())
 
     def _start(self) -> None:
         from tensorboardX import SummaryWriter
@@ -78,16 +127,32 @@ class Tracker:
         mode = wandb_mode()
         if mode == "disabled":
             return None
-        default_environment("WANDB_ERROR_REPORTING", "false")  # importing wandb reports home even when it is offline
+        _quiet_import()
         import wandb
 
-        settings = wandb.Settings(console="off", silent=True, disable_git=True, save_code=False)
+        settings = wandb.Settings(
+            console="off", silent=True, disable_git=True, save_code=False, init_timeout=INIT_TIMEOUT_SECONDS
+        )
         group, name = self.folder.parent.name, self.folder.name
         (self.folder / "wandb").mkdir(exist_ok=True)
-        return wandb.init(
-            project="workbench", group=group, name=name, dir=str(self.folder), config=self._config,
-            mode="online" if mode == "online" else "offline", settings=settings,
-        )  # fmt: skip
+        for attempt in dict.fromkeys([mode, "offline"]):
+            try:
+                return wandb.init(
+                    project="workbench", group=group, name=name, dir=str(self.folder), config=self._config,
+                    mode=attempt, settings=settings,
+                )  # fmt: skip
+            except Exception as error:  # a wrong key, no network, a full disk: never the end of a run
+                then = "it runs offline" if attempt == "online" else "this run goes on without it"
+                print(f"W&B did not start, {then}: {_line(error)}", file=sys.stderr)
+        return None
+
+    def _to_wandb(self, trouble: str, act: Callable[[Any], object]) -> None:
+        """Do ``act`` with the W&B run, which is given up if it fails: the other writers go on."""
+        try:
+            act(self._wandb)
+        except Exception as error:
+            print(f"W&B {trouble}: {_line(error)}", file=sys.stderr)
+            self._wandb = None
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -84,7 +84,7 @@ def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:
 
 @pytest.fixture
 def no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "NETRC"):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
@@ -99,11 +99,53 @@ def test_wandb_is_online_with_a_key(no_account: Path, monkeypatch: pytest.Monkey
     assert wandb_mode() == "online"
 
 
-def test_wandb_is_online_with_a_login_in_netrc(no_account: Path) -> None:
-    netrc = no_account / ".netrc"
-    netrc.write_text("machine api.wandb.ai login user password secret\n")
-    netrc.chmod(0o600)
-    assert wandb_mode() == "online"
+@pytest.mark.parametrize(
+    ("base_url", "machine", "mode"),
+    [
+        ("", "", "online"),
+        ("", "api.wandb.ai", "online"),
+        ("", "wandb.example.org", "offline"),
+        ("https://wandb.example.org", "wandb.example.org", "online"),
+        ("https://wandb.example.org", "api.wandb.ai", "offline"),
+    ],
+)
+def test_wandb_is_online_with_a_login_for_its_host_in_netrc(
+    no_account: Path, monkeypatch: pytest.MonkeyPatch, base_url: str, machine: str, mode: str
+) -> None:
+    """wandb's own ``login`` writes the entry where the test names no machine."""
+    from wandb.sdk.lib import urls, wbauth
+
+    if base_url:
+        monkeypatch.setenv("WANDB_BASE_URL", base_url)
+    wbauth.write_netrc_auth(host=f"https://{machine}" if machine else urls.DEFAULT_BASE_URL, api_key="0" * 40)
+    assert (no_account / ".netrc").exists()
+    assert wandb_mode() == mode
+
+
+def test_an_unknown_mode_is_offline_with_a_word(
+    no_account: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "garbage")
+    assert (wandb_mode(), os.environ["WANDB_MODE"]) == ("offline", "offline")
+    assert capsys.readouterr().err.startswith("WANDB_MODE=garbage is none of online,")
+
+
+@pytest.mark.parametrize("key", ["short", "0" * 40])
+def test_a_key_or_a_server_that_does_not_work_does_not_end_a_run(no_account: Path, key: str) -> None:
+    """In a process of its own, whose W&B server is a port where nobody listens."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    variables |= {"WANDB_API_KEY": key, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_MODE": "online"}
+    script = (
+        "import sys; from pathlib import Path; from workbench import tracking; tracking.INIT_TIMEOUT_SECONDS = 3\n"
+        "tracker = tracking.Tracker(Path(sys.argv[1])); tracker.log(1, loss=0.5); tracker.close({'loss': 0.5})\n"
+    )
+    argv = [sys.executable, "-c", script, str(no_account)]
+    done = subprocess.run(argv, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("W&B")]
+    assert line.startswith("W&B did not start, it runs offline: ")
+    assert read_metrics(no_account)[0]["loss"] == 0.5
+    assert list((no_account / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
 def test_wandb_stays_offline_without_a_key_whatever_the_environment_asks(
