@@ -15,7 +15,7 @@ from pydantic import Field
 
 from cluster.placement import Placement, place_here
 from data_pipelines.encoder import DType, locate_model, model_identity
-from data_pipelines.store import Index, MilvusUri, check_model
+from data_pipelines.store import Index, MilvusUri, check_model, check_place
 from workbench.config import Config, InputPath, environment, runs_root
 from workbench.errors import Failure, UserError
 from workbench.resources import Placed
@@ -63,8 +63,10 @@ class EmbedConfig(Placed):
 
 
 def check(config: EmbedConfig) -> None:
-    """Raise UserError for documents without the needed columns, and for a model that is not to be had."""
+    """Raise UserError for documents without the needed columns, a model that is not to be had, or a place that is not
+    to be written."""
     open_documents(config)
+    check_place(config.uri)
     locate_model(config.model)
 
 
@@ -93,7 +95,9 @@ def run(config: EmbedConfig, run: Run) -> Summary:
         other = sorted(before.keys() - wanted.keys())
         if before:
             run.say(f"{len(wanted) - len(todo):,} are there already, {len(other):,} rows are of other documents")
-        if other and config.other_rows == "delete":
+        deleted = len(other) if config.other_rows == "delete" else 0
+        if deleted:
+            run.say(f"deleting the {deleted:,} rows of other documents (other_rows: delete)")
             owner.ask(milvus.delete.remote(config.collection, other))
         began = time.monotonic()
         if todo:
@@ -113,6 +117,7 @@ def run(config: EmbedConfig, run: Run) -> Summary:
         "documents": len(wanted),
         "embedded": len(todo),
         "already_there": len(wanted) - len(todo),
+        "deleted": deleted,
         "missing": len(missing),
         "other_rows": len(after.keys() - wanted.keys()),
         "rows": len(after),

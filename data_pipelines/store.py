@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,6 +61,24 @@ def milvus_uri(uri: str) -> str:
 
 MilvusUri = Annotated[str, AfterValidator(milvus_uri)]
 """A config's key for where Milvus is."""
+
+
+def check_place(uri: str) -> None:
+    """Raise UserError where a Milvus Lite folder can be neither made nor written; leaves nothing behind."""
+    if is_server(uri):
+        return
+    folder = Path(uri)
+    nearest = folder
+    try:
+        if folder.is_dir():
+            if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+                raise UserError(f"uri: {folder} cannot be written by this user")
+            return
+        nearest = next(place for place in (folder, *folder.parents) if place.exists())
+        with tempfile.TemporaryDirectory(dir=nearest, prefix=".workbench-"):
+            pass
+    except OSError as error:
+        raise UserError(f"uri: the folder {folder} cannot be made in {nearest}: {error.strerror}") from None
 
 
 class Store:

@@ -136,7 +136,7 @@ def test_a_smaller_selection_can_replace_a_larger_one(documents: Path, tmp_path:
     kept, _ = go(embed, "embed", embed_config(documents, uri=uri, limit=3))
     assert (kept["rows"], kept["other_rows"]) == (7, 4)
     deleted, _ = go(embed, "embed", embed_config(documents, uri=uri, limit=3, other_rows="delete"))
-    assert (deleted["rows"], deleted["other_rows"]) == (3, 0)
+    assert (deleted["rows"], deleted["other_rows"], deleted["deleted"], kept["deleted"]) == (3, 0, 4, 0)
     ids = sorted(row["id"] for row in pq.read_table(documents).to_pylist() if row["keep"])
     assert sorted(rows_of(uri) or {}) == ids[:3]
 
