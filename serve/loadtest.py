@@ -53,6 +53,12 @@ class LoadTestConfig(Config):
     seed: int = Field(default=0, description="Order of the prompts")
 
 
+def check(config: LoadTestConfig) -> None:
+    """Raise UserError for a file of prompts that cannot be read."""
+    if config.prompts:
+        read_prompts(config.prompts, config.max_prompts)
+
+
 def run(config: LoadTestConfig, run: Run) -> Summary:
     """Test each model at each level. Raises Failure if no request of a level succeeded."""
     prompts = read_prompts(config.prompts, config.max_prompts) if config.prompts else list(QUESTIONS)
@@ -98,25 +104,33 @@ def run(config: LoadTestConfig, run: Run) -> Summary:
 
 
 def read_prompts(path: Path, limit: int) -> list[str]:
-    """The first ``limit`` prompts of a JSONL file. Raises UserError naming the line that has none."""
+    """The first ``limit`` prompts of a JSONL file. Raises UserError if it is no text, naming the line that has none."""
     prompts: list[str] = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if len(prompts) == limit:
-                break
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                text = row["prompt"] if "prompt" in row else f"{row['instruction']}\n{row.get('input') or ''}"
-            except (ValueError, KeyError, TypeError):
-                raise UserError(
-                    f"{path}:{number}: a line is JSON with 'prompt', or 'instruction' and 'input'"
-                ) from None
-            prompts.append(str(text).strip())
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if len(prompts) == limit:
+                    break
+                if line.strip():
+                    prompts.append(_prompt(line, f"{path}:{number}"))
+    except OSError as error:
+        raise UserError(f"prompts: {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(
+            f"prompts: {path} is not text: give JSONL with 'prompt', or 'instruction' and 'input'"
+        ) from None
     if not prompts:
         raise UserError(f"{path} holds no prompts")
     return prompts
+
+
+def _prompt(line: str, place: str) -> str:
+    try:
+        row = json.loads(line)
+        text = row["prompt"] if "prompt" in row else f"{row['instruction']}\n{row.get('input') or ''}"
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{place}: a line is JSON with 'prompt', or 'instruction' and 'input'") from None
+    return str(text).strip()
 
 
 def summarise(outcomes: Sequence[Outcome], wall: float) -> dict[str, Any]:
