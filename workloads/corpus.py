@@ -37,22 +37,44 @@ def molecule_records(molecules: Sequence[Molecule], *, copies: int, randomised: 
     return records
 
 
-def read_documents(folder: Path, *, limit: int, characters: int) -> list[str]:
-    """The first ``characters`` of up to ``limit`` documents with ``keep`` true, from Parquet files in name order.
+def document_files(folder: Path) -> list[Path]:
+    """The Parquet files of ``folder`` in name order, or the file itself.
 
-    Raises UserError where there is no Parquet file or no column ``text``.
+    Raises UserError where there is none, or one lacks a column ``text`` of text.
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     files = sorted(folder.rglob("*.parquet")) if folder.is_dir() else [folder]
     if not files:
         raise UserError(f"documents: no Parquet file in {folder}; give the documents folder of a 'data audit' run")
-    texts: list[str] = []
     for file in files:
-        columns = pq.read_schema(file).names
-        if "text" not in columns:
-            raise UserError(f"documents: {file} has no column 'text', only {', '.join(columns)}")
-        table = pq.read_table(file, columns=[c for c in ("text", "keep") if c in columns]).to_pydict()
+        try:
+            schema = pq.read_schema(file)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"documents: {file} is not Parquet: {error}") from None
+        if "text" not in schema.names:
+            raise UserError(f"documents: {file} has no column 'text', only {', '.join(schema.names)}")
+        kind = schema.field("text").type
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        if not any(
+            is_text(kind) for is_text in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+        ):
+            raise UserError(f"documents: the column 'text' of {file} holds {kind}, not text")
+    return files
+
+
+def read_documents(folder: Path, *, limit: int, characters: int) -> list[str]:
+    """The first ``characters`` of up to ``limit`` documents with ``keep`` true, from Parquet files in name order.
+
+    Raises UserError as ``document_files`` does.
+    """
+    import pyarrow.parquet as pq
+
+    texts: list[str] = []
+    for file in document_files(folder):
+        columns = [name for name in ("text", "keep") if name in pq.read_schema(file).names]
+        table = pq.read_table(file, columns=columns).to_pydict()
         kept = table.get("keep", [True] * len(table["text"]))
         texts += [text[:characters] for text, keep in zip(table["text"], kept, strict=True) if keep and text]
         if len(texts) >= limit:

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from workbench.config import Config, InputPath
 from workbench.files import write_json
 from workbench.runs import Run, Summary
+from workloads.corpus import document_files
 from workloads.training.config import TrainingConfig
 
 
@@ -54,6 +55,12 @@ class PretrainConfig(TrainingConfig):
     split_seed: int = Field(0, description="which molecules are held out: not one of them is trained on")
     chemistry_copies: int = Field(0, ge=0, description="records of each molecule; 0: as many as the steps can use")
     randomised: float = Field(0.1, ge=0, le=1, description="share of the records that spell their molecule at random")
+
+
+def check(config: PretrainConfig) -> None:
+    """Raise UserError for documents that are not Parquet with a column ``text``."""
+    if config.documents:
+        document_files(config.documents)
 
 
 def run(config: PretrainConfig, run: Run) -> Summary:
