@@ -29,9 +29,13 @@ def check_model(key: str, source: str) -> None:
     """Raise UserError where ``source`` is neither a folder nor a model that the hub, or its cache, gives."""
     if Path(source).is_dir():
         return
-    from transformers import AutoConfig
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
     try:
+        if not isinstance(try_to_load_from_cache(source, "config.json"), str):
+            get_hf_file_metadata(hf_hub_url(source, "config.json"), timeout=10)  # once; a download tries for 23 s
+        from transformers import AutoConfig
+
         AutoConfig.from_pretrained(source)
     except Exception as error:  # no network, no such model, no access: all are the same mistake to the user
         reason = str(error).strip().splitlines()[0]
