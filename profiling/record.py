@@ -33,8 +33,8 @@ def run(config: RecordConfig, run: Run) -> Summary:
     if config.stop_file is not None and config.stop_file.exists():
         raise UserError(f"the stop file {config.stop_file} is there already: remove it or name another")
     with _told_to_stop() as told:
-        begun = time.monotonic()
         samples = ClusterRecording(run.artifact(SAMPLES, "x").parent, config.hertz)
+        begun = time.monotonic()  # every host has its first sample
         try:
             run.say(f"recording {', '.join(samples.hosts)} at {config.hertz:g} Hz; Ctrl-C ends it")
             for reason in samples.unrecorded.values():

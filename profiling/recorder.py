@@ -24,6 +24,7 @@ from workbench.runs import Run
 
 HERTZ = 2.0
 PART_SECONDS = 5.0
+FIRST_SAMPLE_SECONDS = 30.0
 SAMPLES = "samples"
 
 
@@ -47,6 +48,7 @@ class HostRecorder:
         self._cpu_before = time.process_time()
         self._begun = time.monotonic()
         self._stop = threading.Event()
+        self._sampled = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="sampler", daemon=True)
         self._thread.start()
 
@@ -57,6 +59,7 @@ class HostRecorder:
             now = time.time()
             self._buffer += [(now, reading) for sampler in self._samplers for reading in sampler.read()]
             self._count += 1
+            self._sampled.set()
             if time.monotonic() - part_begun >= PART_SECONDS:
                 self._write()
                 part_begun = time.monotonic()
@@ -81,7 +84,8 @@ class HostRecorder:
         write_json(self.folder / "host.json", facts)
 
     def ready(self) -> str:
-        """The host's name, once it samples."""
+        """The host's name, once it has its first sample."""
+        self._sampled.wait(FIRST_SAMPLE_SECONDS)
         return self.host
 
     def stop(self) -> None:
