@@ -44,7 +44,14 @@ def missing() -> str:
         return "the lab needs root"
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     lacking = sorted({package for tool, package in TOOLS.items() if shutil.which(tool, path=path) is None})
-    return f"the lab needs: apt-get install {' '.join(lacking)}" if lacking else ""
+    if lacking:
+        return f"the lab needs: apt-get install {' '.join(lacking)}"
+    probe = "mount -t tmpfs none /mnt && ip link add b type bridge && nft add table inet t"
+    done = subprocess.run(
+        ["unshare", "--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "sh", "-c", probe],
+        env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return f"the lab needs the right to make namespaces: {done.stderr.strip()}" if done.returncode else ""
 
 
 class Lab:
