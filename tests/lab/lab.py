@@ -46,7 +46,7 @@ def missing() -> str:
     lacking = sorted({package for tool, package in TOOLS.items() if shutil.which(tool, path=path) is None})
     if lacking:
         return f"the lab needs: apt-get install {' '.join(lacking)}"
-    probe = "mount -t tmpfs none /mnt && ip link add b type bridge && nft add table inet t"
+    probe = "mount -t tmpfs none /run && ip link add name probe0 type bridge && nft add table bridge probe"
     done = subprocess.run(
         ["unshare", "--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "sh", "-c", probe],
         env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False,
