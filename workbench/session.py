@@ -9,6 +9,7 @@ The cluster is, in this order: the one of the Ray job we run in or ``RAY_ADDRESS
 
 import os
 import secrets
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ NAMESPACE = "workbench"
 LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 """The address of a node of our own. Ray replaces 127.0.0.1 by the host's address on Linux, and then its agents listen
 on the network and a laptop that changes networks loses its cluster."""
+
+PROBE_SECONDS = 5.0
+"""How long a named cluster may take to accept a connection."""
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -160,11 +164,13 @@ def attach() -> Iterator[bool]:
         return
     os.environ.update({key: os.environ.get(key, value) for key, value in QUIET.items()})
     os.environ.pop("RAY_API_SERVER_ADDRESS", None)  # Ray would ask that cluster's State API about this one's actors
-    address = os.environ.get("RAY_ADDRESS")
+    address, origin = os.environ.get("RAY_ADDRESS"), "which RAY_ADDRESS names"
     if not address and (local := local_cluster()) is not None and local.token_file is not None:
         _use_token(local.token_file)
         address = local.gcs
+        origin = f"the head that {session_file()} names; stop its process, or delete the file if the head is gone"
     if address and not address.startswith("http"):
+        _probe(address, origin)
         try:
             ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
         except ConnectionError as error:
@@ -175,6 +181,20 @@ def attach() -> Iterator[bool]:
             ray.shutdown()
         return
     yield False
+
+
+def _probe(address: str, origin: str) -> None:
+    """Raise UserError if nobody listens at ``address`` (``host:port``, or ``ray://host:port``): Ray would try for ten
+    minutes. The words by which Ray looks for a cluster itself (``auto``, ``local``) are left to it."""
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"'{address}', {origin}: an address is HOST:PORT")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), PROBE_SECONDS).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise UserError(f"no Ray cluster answers at {address} ({error}), {origin}") from None
 
 
 def _use_token(token_file: Path) -> None:
