@@ -6,6 +6,7 @@ that looks like a secret gets into them: it is refused with the way that does.
 
 import getpass
 import json
+import re
 import shlex
 import socket
 from collections.abc import Mapping, Sequence
@@ -18,13 +19,16 @@ from cluster.placement import Placement
 from cluster.upload import EXCLUDES
 from workbench.config import CHECKOUT, CLEAN_VARIABLE, COMMIT_VARIABLE, RUNS_ROOT_VARIABLE
 from workbench.errors import UserError
-from workbench.redact import SECRET_KEY, redact_argument
+from workbench.redact import MASK, SECRET_KEY, redact_argument
 from workbench.runs import git_commit
 
 COMMAND = ["python", "-m", "workbench"]
 ENTRY = ["python", "-m", "cluster.job_entry"]
 HOLD = ["python", "-m", "cluster.job_hold"]
 HOLD_VARIABLE = "WORKBENCH_HELD_JOB"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+URL_PASSWORD = re.compile(r"(://[^/:\s]*):(?!\d+(?:[/?#]|$))\S*@")
+"""To the last @ of the word, for people put @ and / into passwords as they are; ``://host:8000/a@b`` is a port."""
 
 
 @dataclass(frozen=True)
@@ -162,12 +166,32 @@ class JobSpec:
         return f"{shlex.join(['ray', 'job', 'submit', *options])} -- {self.entrypoint()}"
 
 
+def check_name(name: str) -> None:
+    """Raise UserError for a job's name that cannot be part of a file's name and of a URL, as Ray has it."""
+    if name and not NAME.fullmatch(name):
+        raise UserError(f"--name {name!r}: use letters, digits, '.', '_' and '-', at most 100, a letter or digit first")
+
+
+def hidden(argument: str) -> str:
+    """The argument with what looks like a secret masked, also in a URL whose password has an @ or a / in it."""
+    return redact_argument(URL_PASSWORD.sub(rf"\1:{MASK}@", argument))
+
+
+def hidden_line(line: str) -> str:
+    """A command line with what looks like a secret masked, for jobs that were not submitted by us."""
+    try:
+        words = shlex.split(line)
+    except ValueError:
+        words = line.split()
+    return line if all(hidden(word) == word for word in words) else shlex.join(map(hidden, words))
+
+
 def refuse_secrets(command: Sequence[str], variables: Mapping[str, str]) -> None:
     """Raise UserError for an argument or a variable that looks like a secret: everyone could read it."""
     how = "put it into the hosts' secrets file and name it: --secret NAME"
     for argument in command:
-        if redact_argument(argument) != argument:
-            raise UserError(f"{redact_argument(argument)} would be written to the job's metadata; {how}")
+        if hidden(argument) != argument:
+            raise UserError(f"{hidden(argument)} would be written to the job's metadata; {how}")
     for name, value in variables.items():
-        if value and (SECRET_KEY.search(name) or redact_argument(value) != value):
+        if value and (SECRET_KEY.search(name) or hidden(value) != value):
             raise UserError(f"--env {name}=... would be written to the job's runtime environment; {how}")

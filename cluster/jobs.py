@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.job_spec import EntrypointResources, JobSpec
+from cluster.job_spec import EntrypointResources, JobSpec, check_name, hidden_line
 from workbench.errors import Failure, UserError
 
 if TYPE_CHECKING:
@@ -48,10 +48,38 @@ def submit(
 
 def submit_spec(client: "JobSubmissionClient", spec: JobSpec, name: str = "") -> str:
     """Submit ``spec``; the job's id. Raises UserError as ``submit`` does, and where it would wait in vain."""
+    check_name(name)
+    if name and _exists(client, name):
+        raise UserError(_taken(name))
     for job in spec.after:
         if state_of_job(client, job, missing_is_mistake=True) in ENDED - {"SUCCEEDED"}:
             raise UserError(f"--after {job}: it has not succeeded, so this job would never start")
-    return request_job(client, name or f"workbench-{secrets.token_hex(4)}", spec.arguments())
+    return request_job(client, name or random_name(), spec.arguments())
+
+
+def random_name() -> str:
+    """A name for a job that was given none."""
+    return f"workbench-{secrets.token_hex(4)}"
+
+
+def _exists(client: "JobSubmissionClient", job: str) -> bool:
+    """Whether the cluster has such a job: asked before an upload for nothing. Where it does not answer, False."""
+    try:
+        client.get_job_info(job)
+    except (OSError, RuntimeError):
+        return False
+    return True
+
+
+def _taken(job: str) -> str:
+    return f"--name {job}: the cluster already has a job of that name; choose another, or see 'workbench jobs list'"
+
+
+def _last_line(error: Exception) -> str:
+    """What a server's traceback ends with, or the whole message where it holds none."""
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if "Traceback" in text and lines else text
 
 
 def request_job(client: "JobSubmissionClient", job: str, arguments: dict[str, Any]) -> str:
@@ -68,9 +96,11 @@ def request_job(client: "JobSubmissionClient", job: str, arguments: dict[str, An
             lost = True
             time.sleep(1)
         except (RuntimeError, ValueError) as error:
-            if lost and "already exists" in str(error):
-                return job  # the request whose answer was lost had arrived
-            raise UserError(f"the cluster refused the job: {error}") from None
+            if "already exists" in str(error):
+                if lost:
+                    return job  # the request whose answer was lost had arrived
+                raise UserError(_taken(job)) from None
+            raise UserError(f"the cluster refused the job: {_last_line(error)}") from None
 
 
 def follow(client: "JobSubmissionClient", job: str, write: Callable[[str], Any] = sys.stderr.write) -> int:
@@ -158,7 +188,7 @@ def describe(details: "JobDetails") -> dict[str, Any]:
         "job": details.submission_id,
         "state": _state(details),
         "owner": metadata.get("owner", ""),
-        "command": metadata.get("command", details.entrypoint.removeprefix("python -m workbench ")),
+        "command": hidden_line(metadata.get("command", details.entrypoint.removeprefix("python -m workbench "))),
         "resources": metadata.get("resources", ""),
         "after": metadata.get("after", ""),
         "retries": int(metadata.get("retries", "0")),

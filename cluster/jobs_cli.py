@@ -11,6 +11,7 @@ import typer
 
 from workbench.config import CHECKOUT, environment, runs_root
 from workbench.errors import Failure, UserError
+from workbench.interrupt import catch_signals
 from workbench.session import ClusterAddress, dashboard_address
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def submit_command(facts: CommandFacts) -> Callable[..., int]:
     """The function behind ``workbench submit``."""
 
     def submit(
+        context: typer.Context,
         command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="For example: -- data audit")],
         address: Address = None,
         name: Annotated[str, typer.Option(help="The job's id; random if not given.")] = "",
@@ -70,11 +72,13 @@ def submit_command(facts: CommandFacts) -> Callable[..., int]:
         of a command without that key, what its own process gets.
         """
         from cluster.job_client import job_client
-        from cluster.job_spec import EntrypointResources, JobSpec
-        from cluster.jobs import submit_spec
+        from cluster.job_spec import EntrypointResources, JobSpec, check_name
+        from cluster.jobs import random_name, submit_spec
         from cluster.nodes import remote_nodes
         from cluster.upload import check_upload
 
+        check_name(name)
+        check_command(context.find_root(), command)
         cluster = dashboard_address(address)
         root = runs_root_for(cluster, runs)
         request = _request(gpu=gpu, gpus=gpus, share=share, mps=mps, cpu=cpus, host=host)
@@ -82,7 +86,6 @@ def submit_command(facts: CommandFacts) -> Callable[..., int]:
         if request is not None and facts.takes_resources(command):
             command = [*command, _override(request)]
             request = None
-        _check_command(command)
         workers = facts.requests(command)
         nodes = remote_nodes(cluster)
         for text in facts.waits(command, nodes):
@@ -97,7 +100,13 @@ def submit_command(facts: CommandFacts) -> Callable[..., int]:
             return 0
         check_upload(CHECKOUT, max_upload)
         client = job_client(cluster)
-        job = submit_spec(client, spec, name)
+        job = name or random_name()
+        catch_signals()
+        try:
+            submit_spec(client, spec, job)
+        except SystemExit:
+            print(f"stopped while submitting {job}; if it was accepted, {_how_to_stop(job)}", file=sys.stderr)
+            raise
         print(f"job {job} submitted to {cluster.dashboard}", file=sys.stderr)
         return _follow(client, job, as_json) if follow else _say_accepted(job, as_json)
 
@@ -105,7 +114,8 @@ def submit_command(facts: CommandFacts) -> Callable[..., int]:
 
 
 def _follow(client: Any, job: str, as_json: bool, *, interruptible: bool = True) -> int:
-    """Follow the log to the job's end; Ctrl-C asks about an ``interruptible`` job and leaves another alone."""
+    """Follow the log to the job's end; Ctrl-C asks about an ``interruptible`` job and leaves another alone. SIGTERM
+    ends the following and not the job."""
     from cluster.jobs import follow
 
     write = sys.stderr.write if as_json else sys.stdout.write
@@ -115,9 +125,16 @@ def _follow(client: Any, job: str, as_json: bool, *, interruptible: bool = True)
         if not interruptible:
             raise
         return _interrupted(client, job)
+    except SystemExit:
+        print(f"no longer following {job}, which goes on; {_how_to_stop(job)}", file=sys.stderr)
+        raise
     if as_json:
         print(json.dumps({"job": job, "exit_code": code}))
     return code
+
+
+def _how_to_stop(job: str) -> str:
+    return f"stop it with: workbench jobs stop {job}"
 
 
 def _say_accepted(job: str, as_json: bool) -> int:
@@ -203,6 +220,7 @@ def logs(
     client = _client(address)
     _info(client, job)
     if follow:
+        catch_signals()
         return _follow(client, job, as_json, interruptible=False)
     log = client.get_job_logs(job)
     print(json.dumps({"job": job, "log": log}) if as_json else log, end="\n" if as_json else "")
@@ -286,7 +304,17 @@ def _variables(pairs: list[str]) -> dict[str, str]:
     return {name: value for name, _, value in parsed}
 
 
-def _check_command(command: list[str]) -> None:
+def check_command(root: Any, command: Sequence[str]) -> None:
+    """Read the command line as the job would, with the parser of this very program (its ``root`` context).
+
+    Raises click's errors for an unknown command or option, UserError for a config file that would not travel.
+    """
+    group, words = root.command, list(command)
+    context = root
+    while hasattr(group, "resolve_command"):
+        name, found, words = group.resolve_command(context, words)
+        context = found.make_context(name, words, parent=context)
+        group, words = found, [*context._protected_args, *context.args]
     for argument in command:
         if (
             argument.endswith((".yaml", ".yml"))

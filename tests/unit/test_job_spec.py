@@ -1,6 +1,7 @@
 """What is asked of Ray for a job: nothing secret in it, the upload's limit, the request of the flags."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,10 @@ import pytest
 from made_cluster import nodes
 
 from cluster.job_secrets import FILE_VARIABLE, NAMES_VARIABLE, adopt, read_secrets
-from cluster.job_spec import HOLD_VARIABLE, EntrypointResources, JobSpec
+from cluster.job_spec import HOLD_VARIABLE, EntrypointResources, JobSpec, hidden_line
 from cluster.jobs_cli import _request
 from cluster.upload import check_upload
-from workbench.cli import _places, _requests, _takes_resources
+from workbench.cli import _places, _requests, _takes_resources, main
 from workbench.errors import UserError
 
 LIST = ["runs", "list", "--json"]
@@ -40,6 +41,8 @@ def test_of_secrets_only_names_travel() -> None:
     [
         {"command": ["data", "embed", "api_key=sk-123"]},
         {"command": ["data", "embed", "uri=http://root:sk-123@host:19530"]},
+        {"command": ["data", "embed", "uri=http://root:pa@sk-123@host:19530"]},
+        {"command": ["data", "embed", "uri=http://root:pa/sk-123@host"]},
         {"variables": {"HF_TOKEN": "sk-123"}},
         {"variables": {"STORE": "http://root:sk-123@host"}},
     ],
@@ -48,6 +51,40 @@ def test_what_looks_like_a_secret_is_refused_without_repeating_it(wrong: dict[st
     with pytest.raises(UserError, match="--secret NAME") as error:
         spec(**wrong)
     assert "sk-123" not in str(error.value)
+
+
+@pytest.mark.parametrize("plain", ["uri=http://host:19530", "base_url=http://host:8000/v1/a@b", "question=who@where?"])
+def test_what_has_no_password_is_not_refused(plain: str) -> None:
+    assert shlex.split(spec(command=["data", "embed", plain]).metadata()["command"])[-1] == plain
+
+
+def test_a_list_of_jobs_shows_no_password_of_a_job_that_others_submitted() -> None:
+    assert hidden_line("data embed uri=http://root:pa@ss@host x='a b'") == (
+        "data embed 'uri=http://root:(secret)@host' 'x=a b'"
+    )
+    assert hidden_line("data search 'a  b") == "data search 'a  b"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (["--cpus", "-1", "--", "data", "audit"], "--cpus: Input should be greater than or equal to 0"),
+        (["--name", "a b/c", "--", "data", "audit"], "--name 'a b/c': use letters"),
+        (["--", "nosuch", "cmd"], "No such command 'nosuch'"),
+        (["--", "data", "embd"], "No such command 'embd'"),
+        (["--", "data", "audit", "--nosuch"], "No such option: --nosuch"),
+        (["--", "data", "embed", "documents=x", "bach_size=3"], "did you mean 'batch_size'?"),
+        (["--", "data", "embed", "documents=x", "batch_size=many"], "batch_size: Input should be a valid integer"),
+        (["--", "data", "audit", "nosuch.yaml"], "nosuch.yaml is not in this checkout"),
+    ],
+)
+def test_a_mistake_is_found_before_the_cluster_is_asked(
+    line: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["submit", "--address", "http://127.0.0.1:1", "--runs", "/runs", *line])
+    assert stop.value.code == 2
+    assert reason in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 def test_a_card_is_set_in_the_jobs_own_process_and_not_in_its_workers() -> None:
