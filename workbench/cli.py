@@ -22,8 +22,12 @@ from workbench.commands import Command, execute, parse_arguments
 from workbench.config import CHECKOUT, Config, load
 from workbench.errors import Failure, UserError
 from workbench.interpreter import leave_spaces_behind
+from workbench.reproduce import reproduce_command
 from workbench.resources import Placed
 from workbench.runs_cli import runs_app
+
+MEASURED = "all its figures are measured; run the command again and compare the two with 'workbench runs compare'"
+OF_A_MOMENT = "it tells of the state that it met, which is gone"
 
 GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
     "data": (
@@ -32,7 +36,11 @@ GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
             "audit": Command("data_pipelines.audit", "Count, measure and screen a set of documents.", gates=True),
             "filter": Command("data_pipelines.filter", "Make the clean set of an audit, by rules.", ray=False),
             "compare": Command("data_pipelines.compare", "Tell what changed between two audits.", ray=False),
-            "embed": Command("data_pipelines.embed", "Embed documents into Milvus; restarts where it died."),
+            "embed": Command(
+                "data_pipelines.embed",
+                "Embed documents into Milvus; restarts where it died.",
+                varies=("embedded", "already_there", "deleted"),
+            ),
             "search": Command(
                 "data_pipelines.search", "Search a collection by meaning.", positional="query", ray=False
             ),
@@ -53,19 +61,29 @@ GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
     "serve": (
         "Models behind OpenAI-compatible endpoints.",
         {
-            "up": Command("serve.up", "Deploy models with vLLM under Ray Serve and wait for a real completion."),
-            "status": Command("serve.status", "Show what is deployed and whether it answers.", ray=False),
-            "down": Command("serve.down", "Take the deployment down.", ray=False),
+            "up": Command(
+                "serve.up",
+                "Deploy models with vLLM under Ray Serve and wait for a real completion.",
+                once="it made a server, not figures; start one with 'workbench serve up' and the run's config.yaml",
+            ),
+            "status": Command(
+                "serve.status", "Show what is deployed and whether it answers.", ray=False, once=OF_A_MOMENT
+            ),
+            "down": Command("serve.down", "Take the deployment down.", ray=False, once=OF_A_MOMENT),
             "ask": Command(
                 "serve.ask", "Answer a question from the documents, with sources.", positional="question", ray=False
             ),
-            "loadtest": Command("serve.loadtest", "Measure throughput, time to first token and latency.", ray=False),
+            "loadtest": Command(
+                "serve.loadtest", "Measure throughput, time to first token and latency.", ray=False, once=MEASURED
+            ),
         },
     ),
     "profile": (
         "Where the time and the bytes went.",
         {
-            "record": Command("profiling.record", "Sample every host until stopped: CPU, memory, disk, network, GPU."),
+            "record": Command(
+                "profiling.record", "Sample every host until stopped: CPU, memory, disk, network, GPU.", once=MEASURED
+            ),
             "report": Command("profiling.timeline", "Draw a recording as a timeline with phases.", ray=False),
         },
     ),
@@ -154,9 +172,14 @@ def demo(
     print(NEXT_LINES, file=sys.stderr)
 
 
+def _command(line: Sequence[str]) -> Command | None:
+    """The command that a line begins with, or None for one that has no config."""
+    return GROUPS.get(line[0], ("", {}))[1].get(line[1]) if len(line) > 1 else None
+
+
 def _parsed(line: Sequence[str]) -> tuple[Any, Config] | None:
     """The module and the config of a command line, or None for one that has no config; its inputs are not visited."""
-    command = GROUPS.get(line[0], ("", {}))[1].get(line[1]) if len(line) > 1 else None
+    command = _command(line)
     if command is None:
         return None
     words = iter(line[2:])
@@ -174,7 +197,7 @@ def _parsed(line: Sequence[str]) -> tuple[Any, Config] | None:
 
 
 def _takes_resources(line: Sequence[str]) -> bool:
-    command = GROUPS.get(line[0], ("", {}))[1].get(line[1]) if len(line) > 1 else None
+    command = _command(line)
     return command is not None and "resources" in command.schema().model_fields
 
 
@@ -206,6 +229,7 @@ app.add_typer(jobs_cli.jobs_app, name="jobs")
 app.add_typer(cluster_cli.cluster_app, name="cluster")
 runs_app.command("list")(runs_remote_cli.list_runs)
 runs_app.command("pull")(runs_remote_cli.pull)
+runs_app.command("reproduce")(reproduce_command(_command))
 runs_app.command("send", hidden=True)(runs_remote_cli.send)
 app.add_typer(runs_app, name="runs")
 

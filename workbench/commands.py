@@ -30,7 +30,8 @@ class Command:
     """One ``workbench GROUP NAME``: the module that has its ``run``, imported only when it is called.
 
     ``positional`` is the config key that a bare argument fills; ``ray`` says whether it needs a Ray session; ``gates``
-    that it has a key ``fail_on``, which ``--fail-on`` sets.
+    that it has a key ``fail_on``, which ``--fail-on`` sets. ``varies`` names the figures of its summary that depend on
+    the state it meets, and ``once`` says why running it again reproduces nothing, where that is so.
     """
 
     module: str
@@ -38,6 +39,8 @@ class Command:
     positional: str = ""
     ray: bool = True
     gates: bool = False
+    varies: tuple[str, ...] = ()
+    once: str = ""
 
     def schema(self) -> type[Config]:
         """The config class: the type of ``run``'s first parameter."""

@@ -7,7 +7,6 @@ differences(Record.read(first), [Record.read(second)])
 import datetime
 import math
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +17,6 @@ import yaml
 
 from workbench.files import fingerprint, read_json
 from workbench.runs import describe_environment, find_runs, run_id, state_of
-
-TIMING = re.compile(r"(^|[_.])(seconds|ms|latency|ttft|tpot|throughput|per_second|per_minute)([_.]|$)")
-"""Summary figures that a rerun need not repeat: how long something took."""
 
 TRASH = ".trash"
 FIGURES_SHOWN = 4
@@ -143,11 +139,6 @@ def same(left: Any, right: Any) -> bool:
     if isinstance(left, float) and isinstance(right, float):
         return math.isclose(left, right, rel_tol=1e-9) or (math.isnan(left) and math.isnan(right))
     return bool(left == right)
-
-
-def is_timing(key: str) -> bool:
-    """Whether a summary figure says how long something took."""
-    return bool(TIMING.search(key))
 
 
 def differences(records: Sequence[Record]) -> dict[str, list[dict[str, Any]]]:

@@ -1,16 +1,13 @@
-"""``workbench runs show|compare|reproduce|prune``; ``list`` and ``pull`` also reach a cluster and join in cli.py."""
+"""``workbench runs show|compare|prune``; ``list``, ``pull`` and ``reproduce`` look further and join in cli.py."""
 
 import json
-import shlex
-import subprocess
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
 
-from workbench.errors import Failure, UserError
+from workbench.errors import UserError
 from workbench.runs import resolve_run, state_of
 
 runs_app = typer.Typer(
@@ -83,10 +80,11 @@ def compare(
         print(f"{number}: {record.id}")
     for title, rows in parts.items():
         print(f"\n{title}: {'the same' if not rows else ''}".rstrip())
-        _print_differences(rows)
+        print_differences(rows)
 
 
-def _print_differences(rows: list[dict[str, Any]]) -> None:
+def print_differences(rows: list[dict[str, Any]]) -> None:
+    """Rows of ``differing``, a line each."""
     width = max((len(row["key"]) for row in rows), default=0)
     for row in rows:
         line = f"  {row['key']:<{width}}  {' | '.join(_text(value) for value in row['values'])}"
@@ -99,59 +97,6 @@ def _text(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-@runs_app.command()
-def reproduce(
-    run: RunArgument,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)] = None,
-    as_json: AsJson = False,
-) -> int:
-    """Run a run's command again from its recorded config; exit code 1 if a figure of the summary differs.
-
-    How long things took (seconds, ..._per_second, latency) is shown apart and does not count.
-    """
-    from workbench.run_records import Record, changes_since, differing, flatten, is_timing
-
-    recorded = Record.read(resolve_run(run))
-    if state_of(recorded.folder) != "finished":
-        raise UserError(f"{recorded.id} is {state_of(recorded.folder)}: only a finished run has figures to reproduce")
-    if recorded.status["command"] == "workbench demo":
-        raise UserError(f"repeat a demo with: workbench demo --fresh --seed {recorded.config.get('seed', 17)}")
-    warnings = changes_since(recorded)
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    again = Record.read(_run_again(recorded.status["command"].split(), recorded.folder, overrides or []))
-    rows = differing([flatten(recorded.figures()), flatten(again.figures())])
-    timing = [row for row in rows if is_timing(row["key"])]
-    figures = [row for row in rows if not is_timing(row["key"])]
-    if as_json:
-        result = {"run": recorded.id, "again": again.id, "same": not figures, "differences": figures}
-        print(json.dumps({**result, "timing": timing, "warnings": warnings}, default=str))
-    else:
-        print(f"1: {recorded.id}\n2: {again.id}")
-        print("every figure is the same" if not figures else f"{len(figures)} figures differ:")
-        _print_differences(figures)
-        if timing:
-            print("how long it took:")
-            _print_differences(timing)
-    return 1 if figures else 0
-
-
-def _run_again(command: list[str], folder: Path, overrides: list[str]) -> Path:
-    """Run ``workbench COMMAND`` on a run's recorded config in a process of its own; the new run folder."""
-    argv = [sys.executable, "-m", "workbench", *command, str(folder / "config.yaml"), *overrides, "--json"]
-    print(f"running: workbench {shlex.join(argv[3:])}", file=sys.stderr)
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            output, _ = process.communicate()
-        except BaseException:  # Ctrl-C reached the command too, SIGTERM did not: let it end in order
-            process.terminate()
-            process.wait()
-            raise
-    if process.returncode != 0:
-        raise Failure(f"the command ended with exit code {process.returncode}")
-    return Path(json.loads(output.splitlines()[-1])["run"])
 
 
 @runs_app.command()

@@ -13,7 +13,8 @@ import pytest
 from made import made_recording
 
 from workbench.files import read_json, write_json
-from workbench.run_records import Record, differences, differing, few_figures, is_timing, prunable, record_row, remove
+from workbench.reproduce import is_timing
+from workbench.run_records import Record, differences, differing, few_figures, prunable, record_row, remove
 from workbench.runs import find_runs
 
 
@@ -126,13 +127,17 @@ def test_a_key_of_one_side_is_a_difference_and_zero_has_no_relative_one() -> Non
 
 
 @pytest.mark.parametrize(
-    "key", ["seconds", "train_seconds", "docs_per_second", "latency_p95_ms", "load.ttft_p50", "p50_ms"]
+    "key",
+    [
+        *("seconds", "train_seconds", "docs_per_second", "latency_p95_ms", "load.ttft_p50", "p50_ms"),
+        *("ready_s", "first_completion_base_s", "m_best_tokens_per_s", "x.requests_per_s"),
+    ],
 )
 def test_timing_figures_are_known_by_their_name(key: str) -> None:
     assert is_timing(key)
 
 
-@pytest.mark.parametrize("key", ["documents", "second_best", "loss", "accuracy", "forms", "platency"])
+@pytest.mark.parametrize("key", ["documents", "second_best", "loss", "accuracy", "forms", "platency", "s", "rows"])
 def test_other_figures_are_not_timing(key: str) -> None:
     assert not is_timing(key)
 
@@ -178,6 +183,36 @@ def test_only_a_finished_run_can_be_reproduced(runs_root: Path) -> None:
     a_run(runs_root, "20260101T000000", state="failed")
     done = workbench("runs", "reproduce", "20260101T000000")
     assert (done.returncode, "is failed" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("serve-up", "it made a server"),
+        ("serve-loadtest", "all its figures are measured"),
+        ("profile-record", "all its figures are measured"),
+        ("serve-down", "the state that it met"),
+        ("old-thing", "no command of this workbench"),
+    ],
+)
+def test_a_run_that_cannot_be_reproduced_says_why(runs_root: Path, kind: str, why: str) -> None:
+    a_run(runs_root, "20260101T000000", kind=kind)
+    done = workbench("runs", "reproduce", "20260101T000000")
+    assert done.returncode == 2 and why in done.stderr, done.stderr
+
+
+def test_a_wrong_override_of_a_rerun_is_the_users_mistake(runs_root: Path, tmp_path: Path) -> None:
+    first = recorded_report(tmp_path)
+    done = workbench("runs", "reproduce", first, "recordin=x")
+    assert done.returncode == 2 and "did you mean 'recording'" in done.stderr, done.stderr
+
+
+def test_a_rerun_asks_for_the_secret_that_the_record_lacks(runs_root: Path, tmp_path: Path) -> None:
+    (tmp_path / "documents").mkdir()
+    config = f"documents: {tmp_path / 'documents'}\nuri: http://root:(secret)@host:19530\n"
+    a_run(runs_root, "20260101T000000", kind="data-embed", config=config)
+    done = workbench("runs", "reproduce", "20260101T000000")
+    assert done.returncode == 2 and "give it again, as uri=VALUE" in done.stderr, done.stderr
 
 
 def test_prune_keeps_the_newest_and_never_the_last_finished_nor_a_running_run(runs_root: Path) -> None:
