@@ -12,7 +12,7 @@ from workbench.errors import UserError
 from workbench.runs_cli import AsJson, RunArgument, known_kinds, nearest, print_rows
 from workbench.session import dashboard_address
 
-STATES = ["running", "finished", "failed", "interrupted", "lost"]
+STATES = ["running", "finished", "failed", "interrupted", "lost", "damaged"]
 MAX_FILE_MIB = 64
 
 ClusterRoot = Annotated[

@@ -30,6 +30,18 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The JSON mapping at ``path``, empty where there is no such file; None where it is damaged: empty, cut off, or
+    something else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def fingerprint(path: Path) -> str:
     """SHA-256 (hex, 16 digits) of a file's bytes, or of every file's relative name and bytes in a folder.
 

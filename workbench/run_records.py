@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from workbench.files import fingerprint, read_json
+from workbench.files import fingerprint, read_record
 from workbench.runs import describe_environment, find_runs, run_id, state_of
 
 TRASH = ".trash"
@@ -24,7 +24,7 @@ FIGURES_SHOWN = 4
 
 @dataclass(frozen=True)
 class Record:
-    """The files of one run folder; what a run that ended early has not written is empty."""
+    """The files of one run folder; what a run that ended early has not written, or is damaged, is empty."""
 
     folder: Path
     config: dict[str, Any]
@@ -36,12 +36,11 @@ class Record:
     @classmethod
     def read(cls, folder: Path) -> "Record":
         """Read a run folder."""
-        files = {name: folder / f"{name}.json" for name in ("environment", "inputs", "status", "summary")}
-        config = folder / "config.yaml"
+        names = ("environment", "inputs", "status", "summary")
         return cls(
             folder=folder,
-            config=yaml.safe_load(config.read_text()) or {} if config.exists() else {},
-            **{name: read_json(file) if file.exists() else {} for name, file in files.items()},
+            config=_read_config(folder / "config.yaml"),
+            **{name: read_record(folder / f"{name}.json") or {} for name in names},
         )
 
     @property
@@ -54,6 +53,26 @@ class Record:
         return {key: _relative(value, self.folder) for key, value in self.summary.items()}
 
 
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(file.read_bytes())
+    except (OSError, yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _started(folder: Path, status: Mapping[str, Any]) -> datetime.datetime:
+    """When a run started: its status says so; where that is damaged, its folder's name or else the folder's age."""
+    try:
+        return datetime.datetime.fromisoformat(status["started"]).astimezone(datetime.UTC)
+    except (KeyError, TypeError, ValueError):
+        pass
+    try:
+        return datetime.datetime.strptime(folder.name[:15], "%Y%m%dT%H%M%S").replace(tzinfo=datetime.UTC)
+    except ValueError:
+        return datetime.datetime.fromtimestamp(folder.stat().st_mtime, datetime.UTC)
+
+
 def _relative(value: Any, folder: Path) -> Any:
     return value.replace(str(folder), "RUN") if isinstance(value, str) else value
 
@@ -62,18 +81,18 @@ def record_row(folder: Path) -> dict[str, Any]:
     """One run for a list: id, command, state, when, how long, on which commit, and its summary."""
     record = Record.read(folder)
     state, status = state_of(folder), record.status
-    seconds = status.get("seconds")
+    started, seconds = _started(folder, status), status.get("seconds")
     if seconds is None and state == "running":
-        seconds = round((_now() - datetime.datetime.fromisoformat(status["started"])).total_seconds(), 1)
+        seconds = round((_now() - started).total_seconds(), 1)
     return {
         "id": record.id,
-        "command": status["command"],
+        "command": status.get("command", folder.parent.name.replace("-", " ", 1)),
         "state": state,
-        "started": status["started"],
+        "started": started.isoformat(timespec="seconds"),
         "seconds": seconds,
         "commit": record.environment.get("git_commit", ""),
         "clean": record.environment.get("git_clean", False),
-        "host": status["host"],
+        "host": status.get("host", ""),
         "summary": record.summary,
         "folder": str(folder),
     }
@@ -187,7 +206,7 @@ def prunable(keep: int | None, older_than_days: float | None, kind: str | None) 
         for folder in old:
             if folder == newest or states[folder] == "running":
                 continue
-            started = datetime.datetime.fromisoformat(read_json(folder / "status.json")["started"])
+            started = _started(folder, read_record(folder / "status.json") or {})
             if older_than_days is None or _now() - started > datetime.timedelta(days=older_than_days):
                 chosen.append(folder)
     return sorted(chosen, key=lambda folder: folder.name)

@@ -26,7 +26,7 @@ from typing import Any
 
 from workbench.config import CHECKOUT, Config, dump, runs_root, submitted_commit
 from workbench.errors import UserError
-from workbench.files import fingerprint, read_json, write_atomic, write_json
+from workbench.files import fingerprint, read_json, read_record, write_atomic, write_json
 from workbench.redact import redact, redact_argument
 from workbench.report import Report
 from workbench.tracking import Tracker
@@ -241,16 +241,20 @@ def run_id(folder: Path) -> str:
 
 
 def state_of(folder: Path) -> str:
-    """``running``, ``finished``, ``failed``, ``interrupted``, or ``lost`` when its process died without a word."""
-    status = read_json(folder / "status.json")
-    if status["state"] == "running" and status["host"] == socket.gethostname():
+    """``running``, ``finished``, ``failed``, ``interrupted``, ``lost`` when its process died without a word, or
+    ``damaged`` when its ``status.json`` or ``summary.json`` cannot be read."""
+    status = read_record(folder / "status.json")
+    if not status or not isinstance(status.get("state"), str) or read_record(folder / "summary.json") is None:
+        return "damaged"
+    pid = status.get("pid")
+    if status["state"] == "running" and status.get("host") == socket.gethostname() and isinstance(pid, int):
         try:
-            os.kill(status["pid"], 0)
+            os.kill(pid, 0)
         except ProcessLookupError:
             return "lost"
         except PermissionError:
             pass
-    return str(status["state"])
+    return status["state"]
 
 
 def resolve_run(reference: str) -> Path:

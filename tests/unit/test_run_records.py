@@ -15,7 +15,7 @@ from made import made_recording
 from workbench.files import read_json, write_json
 from workbench.reproduce import is_timing
 from workbench.run_records import Record, differences, differing, few_figures, prunable, record_row, remove
-from workbench.runs import find_runs
+from workbench.runs import find_runs, latest
 
 
 def a_run(root: Path, name: str, kind: str = "data-audit", state: str = "finished", **files: Any) -> Path:
@@ -66,6 +66,30 @@ def test_the_list_can_be_narrowed_by_kind_and_state(runs_root: Path) -> None:
 def test_the_list_for_a_person_marks_uncommitted_changes(runs_root: Path) -> None:
     a_run(runs_root, "20260101T000000", environment={"git_commit": "0123456789", "git_clean": False})
     assert "01234567*" in workbench("runs", "list").stdout
+
+
+@pytest.mark.parametrize("content", ["", '{"state": "fin', "[]", "{}", '{"state": 3}'])
+def test_a_run_with_a_damaged_status_is_listed_as_such(runs_root: Path, content: str) -> None:
+    whole, folder = a_run(runs_root, "20260101T000000"), a_run(runs_root, "20260102T000000")
+    (folder / "status.json").write_text(content)
+    rows = json.loads(workbench("runs", "list", "--json").stdout)
+    assert [(row["state"], row["started"][:10]) for row in rows] == [
+        ("finished", "2026-01-01"),
+        ("damaged", "2026-01-02"),
+    ]
+    assert prunable(None, 1, None) == [folder]
+    assert latest("data-audit") == whole
+    assert workbench("runs", "show", folder.name).returncode == 0
+
+
+def test_a_run_with_a_damaged_summary_is_listed_as_such_and_is_not_the_latest(runs_root: Path) -> None:
+    whole, folder = a_run(runs_root, "20260101T000000"), a_run(runs_root, "20260102T000000")
+    (folder / "summary.json").write_text('{"documents":')
+    (folder / "config.yaml").write_text("{a: ")
+    done = workbench("runs", "list", "--state", "damaged")
+    assert done.returncode == 0 and folder.name in done.stdout and whole.name not in done.stdout, done.stderr
+    assert latest("data-audit") == whole
+    assert workbench("runs", "reproduce", folder.name).returncode == 2
 
 
 def test_show_gives_every_part(runs_root: Path) -> None:
