@@ -14,7 +14,7 @@ from pydantic import Field
 
 from data_pipelines.store import MilvusUri
 from serve.endpoint import DEFAULT_URL, choose_model, context_length, count_tokens, open_client, served_models
-from serve.passages import rank, sentences, trim
+from serve.passages import preference, rank, sentences, trim
 from workbench.config import Config, OutputPath
 from workbench.errors import Failure, UserError
 from workbench.runs import Run, Summary
@@ -136,7 +136,8 @@ def _quote(client: "openai.OpenAI", model: str, config: AskConfig, hits: "list[H
     budget = context - TEMPLATE_TOKENS - count_tokens(client, model, f"{QUOTE}\nQuestion: {config.question}")
     chosen: list[str] = []
     longest = 0
-    weights = [max(hits[position].score, 0.0) for position in origin.values()]
+    preferred = preference([hit.score for hit in hits])
+    weights = [preferred[position] for position in origin.values()]
     for index in rank(config.question, texts, weights)[: config.candidates]:
         length = count_tokens(client, model, f"- {texts[index]}\n") + 1
         longest_then = max(longest, length)

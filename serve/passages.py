@@ -11,6 +11,16 @@ SENTENCE_END = re.compile(
 )
 ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|etc|vs|cf|Fig|Eq|Dr|Mr|Ms|No|al)\.|\b[A-Z]\.)$")
 WORD = re.compile(r"\w+")
+FUNCTION_WORDS = frozenset(
+    WORD.findall(
+        "a an and are as at be by can could did do does for from had has have how i if in into is it its may me must my "
+        "of on or our shall should so some such than that the their them then there these they this those to was we were "
+        "what when where which who whom whose why will with would you your"
+    )
+)
+"""They say nothing of what a question is about, and yet some are rare among a few sentences."""
+MORE = 1.5
+"""How much more of the question a sentence of another hit must share than one of an equally good best hit."""
 
 
 def trim(passages: Sequence[str], budget: int, count: Callable[[str], int]) -> list[str]:
@@ -63,16 +73,24 @@ def sentences(text: str) -> list[str]:
     return [*found, open_part] if open_part else found
 
 
+def preference(scores: Sequence[float]) -> list[float]:
+    """Weights of the sentences of hits with these similarities, best first: 1 for the best hit, at most 1 / MORE for
+    the others, in proportion to their similarity."""
+    best = max([*scores, 0.0])
+    return [1.0 if i == 0 else max(score, 0.0) / best / MORE if best else 0.0 for i, score in enumerate(scores)]
+
+
 def rank(question: str, candidates: Sequence[str], weights: Sequence[float] | None = None) -> list[int]:
     """Indices of ``candidates``, those that share the rarest words with the question first; ties keep their order.
 
-    A word counts log(1 + N / n) where n of the N candidates have it (inverse document frequency). A candidate's score
-    is divided by the root of its length, so that a long sentence does not win by length alone, and multiplied by its
-    weight where there are ``weights``.
+    A word counts log(1 + N / n) where n of the N candidates have it (inverse document frequency); function words count
+    only in a question that has no others. A candidate's score is divided by the root of its length, so that a long
+    sentence does not win by length alone, and multiplied by its weight where there are ``weights``.
     """
     words = [{w.lower() for w in WORD.findall(c)} for c in candidates]
     frequency = Counter(word for one in words for word in one)
     asked = {w.lower() for w in WORD.findall(question)}
+    asked = asked - FUNCTION_WORDS or asked
     scores = [
         sum(math.log1p(len(candidates) / frequency[w]) for w in asked & one) / math.sqrt(len(one) or 1) for one in words
     ]

@@ -12,7 +12,7 @@ from serve.engine import ModelConfig
 from serve.ingress import RequireKey
 from serve.keys import client_key, digest, make_key, read_key
 from serve.loadtest import read_prompts, summarise
-from serve.passages import rank, sentences, share, trim
+from serve.passages import preference, rank, sentences, share, trim
 from serve.traffic import Outcome
 from serve.up import ServeConfig
 from workbench.config import load
@@ -216,6 +216,52 @@ def test_no_text_is_lost_between_sentences() -> None:
 def test_sentences_that_share_rare_words_rank_first() -> None:
     candidates = ["The file is the thing.", "Read a parquet file in parallel.", "The cat is in the house."]
     assert rank("how do I read a parquet file", candidates)[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("question", "best", "other", "by_similarity", "quoted"),
+    [
+        (
+            "how do I read a parquet file in parallel",
+            "Load a parquet object from the path of a file, as a table.",
+            "A list of read tasks that run in parallel.",
+            1,
+            0,
+        ),
+        (
+            "how do I limit the size of a dataset",
+            "Truncate the dataset to at most ``limit`` rows.",
+            "Return the dataset's size.",
+            1,
+            0,
+        ),
+        (  # the other one shares clearly more
+            "when is a trial stopped early",
+            "End all trials, whatever their state is.",
+            "A trial is stopped early by its scheduler.",
+            1,
+            1,
+        ),
+    ],
+)
+def test_the_best_hit_is_quoted_unless_another_shares_clearly_more(
+    question: str, best: str, other: str, by_similarity: int, quoted: int
+) -> None:
+    similarity = [0.62, 0.58]
+    assert rank(question, [best, other], similarity)[0] == by_similarity
+    assert rank(question, [best, other], preference(similarity))[0] == quoted
+
+
+def test_words_that_say_nothing_of_the_matter_do_not_count() -> None:
+    candidates = ["How a class such as this can do with what it has.", "A trial ends when its rule says stop."]
+    assert rank("how can I stop a trial", candidates)[0] == 1
+    assert rank("what can this do", candidates)[0] == 0
+
+
+def test_without_similarities_the_best_hit_still_comes_first() -> None:
+    assert preference([0.6, 0.3]) == [1.0, pytest.approx(1 / 3)]
+    assert preference([-0.1, -0.2]) == [1.0, 0.0]
+    assert preference([]) == []
 
 
 def test_a_model_source_that_looks_like_a_path_must_exist(tmp_path: Path) -> None:
