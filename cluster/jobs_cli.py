@@ -72,12 +72,14 @@ def submit_command(facts: CommandFacts) -> Callable[..., int]:
         of a command without that key, what its own process gets.
         """
         from cluster.job_client import job_client
-        from cluster.job_spec import EntrypointResources, JobSpec, check_name
+        from cluster.job_spec import EntrypointResources, JobSpec, check_name, refuse_secrets
         from cluster.jobs import random_name, submit_spec
         from cluster.nodes import remote_nodes
         from cluster.upload import check_upload
 
         check_name(name)
+        variables = _variables(env or [])
+        refuse_secrets(command, variables)
         check_command(context.find_root(), command)
         cluster = dashboard_address(address)
         root = runs_root_for(cluster, runs)
@@ -93,7 +95,6 @@ def submit_command(facts: CommandFacts) -> Callable[..., int]:
         own = EntrypointResources(memory=memory << 20, custom=custom)
         if request is not None:
             own = _entrypoint(request, nodes, memory << 20, custom)
-        variables = _variables(env or [])
         spec = JobSpec(command, root, own, variables, secret or [], after or [], retries, workers)
         if dry_run:
             print(spec.plain_line(cluster.dashboard, name))

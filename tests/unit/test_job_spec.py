@@ -70,6 +70,7 @@ def test_a_list_of_jobs_shows_no_password_of_a_job_that_others_submitted() -> No
     [
         (["--cpus", "-1", "--", "data", "audit"], "--cpus: Input should be greater than or equal to 0"),
         (["--name", "a b/c", "--", "data", "audit"], "--name 'a b/c': use letters"),
+        (["--", "data", "embed", "uri=http://root:pa@ss@host"], "uri=http://root:(secret)@host would be written"),
         (["--", "nosuch", "cmd"], "No such command 'nosuch'"),
         (["--", "data", "embd"], "No such command 'embd'"),
         (["--", "data", "audit", "--nosuch"], "No such option: --nosuch"),
