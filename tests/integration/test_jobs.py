@@ -106,6 +106,24 @@ def test_a_job_id_that_exists_is_refused(head: ClusterAddress, tmp_path: Path) -
     submit(client, LIST, runs_root=tmp_path, name="twice")
     with pytest.raises(UserError, match="already"):
         submit(client, LIST, runs_root=tmp_path, name="twice")
+    with pytest.raises(UserError, match="--name twice: the cluster already has") as refused:
+        request_job(client, "twice", JobSpec(LIST, tmp_path).arguments())
+    assert "\n" not in str(refused.value)
+
+
+def test_a_job_outlives_a_submit_that_is_told_to_end(head: ClusterAddress, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "workbench", "submit", "--name", "on", "--", "profile", "record", "seconds=300"]
+    environment = {**os.environ, "WORKBENCH_RUNS_ROOT": str(tmp_path)}
+    process = subprocess.Popen(command, cwd=CHECKOUT, env=environment, stdin=subprocess.DEVNULL, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    _until(lambda: any((tmp_path / "profile-record").glob("*/status.json")))
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert "no longer following on, which goes on; stop it with: workbench jobs stop on" in output
+    assert json.loads(workbench("jobs", "status", "on", "--json").stdout)["state"] == "RUNNING"
+    assert workbench("jobs", "stop", "on").returncode == 0
+    _until(lambda: json.loads(workbench("jobs", "status", "on", "--json").stdout)["state"] == "STOPPED")
 
 
 def test_interrupting_submit_without_a_terminal_stops_the_job(head: ClusterAddress, tmp_path: Path) -> None:
