@@ -13,9 +13,9 @@ ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|etc|vs|cf|Fig|Eq|Dr|Mr|Ms|No|al)\.
 WORD = re.compile(r"\w+")
 FUNCTION_WORDS = frozenset(
     WORD.findall(
-        "a an and are as at be by can could did do does for from had has have how i if in into is it its may me must my "
-        "of on or our shall should so some such than that the their them then there these they this those to was we were "
-        "what when where which who whom whose why will with would you your"
+        "a an and are as at be by can could did do does for from had has have how i if in into is it its may me must "
+        "my of on or our shall should so some such than that the their them then there these they this those to was "
+        "we were what when where which who whom whose why will with would you your"
     )
 )
 """They say nothing of what a question is about, and yet some are rare among a few sentences."""
