@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from workbench.errors import UserError
 
@@ -80,6 +88,17 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, protected_namespaces=())
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads ``yes`` and ``on`` as true, and Python takes true for 1."""
+        given = value if isinstance(value, list) else [value]
+        if any(isinstance(each, bool) for each in given):
+            types = _types_in(cls.model_fields[str(info.field_name)].annotation)
+            if (int in types or float in types) and bool not in types and Any not in types:
+                raise ValueError("give a number: YAML reads yes, no, on, off, true and false as truth values")
+        return value
+
 
 def resolve_path(path: Path) -> Path:
     """An absolute path: ``runs/...`` is under the runs root, ``runs/GROUP-COMMAND/latest/...`` its newest
@@ -98,6 +117,12 @@ def resolve_path(path: Path) -> Path:
 
         resolved = latest(path.parts[1]).joinpath(*path.parts[3:])
     return resolved
+
+
+def _given(path: Any) -> Any:
+    if isinstance(path, str) and not path.strip():
+        raise ValueError("an empty path: give one, or '.' for the current folder")
+    return path
 
 
 def _existing(path: Path, info: ValidationInfo) -> Path:
@@ -123,10 +148,10 @@ def _existing(path: Path, info: ValidationInfo) -> Path:
 UNVISITED = {"paths": "unvisited"}
 """Validation context in which an ``InputPath`` is taken as written, for configs whose inputs are yet to be made."""
 
-InputPath = Annotated[Path, AfterValidator(_existing)]
+InputPath = Annotated[Path, BeforeValidator(_given), AfterValidator(_existing)]
 """A path that must exist when the config is read; resolved by ``resolve_path``."""
 
-OutputPath = Annotated[Path, AfterValidator(resolve_path)]
+OutputPath = Annotated[Path, BeforeValidator(_given), AfterValidator(resolve_path)]
 """A path that the command will make; resolved by ``resolve_path``."""
 
 C = TypeVar("C", bound=Config)
@@ -245,10 +270,9 @@ def _index(items: list[Any], part: str, override: str) -> int:
 def _explain(schema: type[BaseModel], error: Any, places: dict[str, str], origin: str) -> str:
     location = [str(part) for part in error["loc"]]
     path = ".".join(location)
-    where = next(
-        (places[".".join(location[:n])] for n in range(len(location), 0, -1) if ".".join(location[:n]) in places),
-        origin,
-    )
+    around = [places[".".join(location[:n])] for n in range(len(location), 0, -1) if ".".join(location[:n]) in places]
+    below = [place for key, place in places.items() if path and key.startswith(f"{path}.")]
+    where = next(iter(around + below), origin)
     if error["type"] == "extra_forbidden":
         known = _keys_at(schema, location[:-1])
         near = difflib.get_close_matches(location[-1], known, 1)
@@ -256,6 +280,8 @@ def _explain(schema: type[BaseModel], error: Any, places: dict[str, str], origin
         return f"{where}: unknown key '{path}'; {hint}"
     if error["type"] == "missing":
         return f"{where}: key '{path}' is required; give it in the file or as {path}=VALUE"
+    if error["type"] == "list_type" and isinstance(error["input"], dict):
+        return f"{where}: '{path}' is a list that the file does not give: write the whole of it, as {path}=[...]"
     message = str(error["msg"]).removeprefix("Value error, ")
     given = f" (given: {error['input']!r})" if path and not isinstance(error["input"], dict) else ""
     return f"{where}: {path + ': ' if path else ''}{message}{given}"

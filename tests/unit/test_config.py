@@ -104,12 +104,21 @@ def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
         ("batch_size=[1", "override 'batch_size=[1': the value is not valid YAML"),
         ("batch_size.x=1", "'batch_size' holds a value, not a group of keys"),
         ("sources.5.path=x", "'5' is no place in a list of 1"),
+        ("batch_size=true", "override 'batch_size=true': batch_size: give a number: YAML reads yes"),
+        ("learning_rate=yes", "override 'learning_rate=yes': learning_rate: give a number"),
+        ("documents=", "override 'documents=': documents: an empty path"),
+        ("out=", "override 'out=': out: an empty path"),
         ("batch_size", "'batch_size' is not an override: write key=value"),
     ],
 )
 def test_a_mistake_in_an_override_is_named_by_it(tmp_path: Path, override: str, expected: str) -> None:
     file = yaml_file(tmp_path, "batch_size: 4\nsources: [{path: a}]\n")
     assert expected in refusal(file, override)
+
+
+def test_a_place_in_a_list_that_is_not_there_is_named_by_its_override(tmp_path: Path) -> None:
+    message = refusal(None, "sources.0=x")
+    assert message.startswith("override 'sources.0=x': 'sources' is a list") and "sources=[...]" in message
 
 
 def test_an_override_takes_the_blame_from_the_line_it_replaces(tmp_path: Path) -> None:
