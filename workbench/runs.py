@@ -20,7 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,7 @@ def open_run(
 
     The caller hands the summary to ``finish`` inside the block; errors are re-raised.
     """
+    first = not (runs_root() / f"{group}-{command}").exists()
     folder = _new_folder(group, command, name)
     run = Run(folder, config, f"{group} {command}")
     write_atomic(folder / "config.yaml", dump(redact(config.model_dump(mode="json"))))
@@ -154,6 +155,9 @@ def open_run(
         run.tracker.close()
         if refused:  # the user's mistake, found before any work: nothing is kept of it
             shutil.rmtree(folder, ignore_errors=True)
+            if first:
+                with suppress(OSError):  # another run has come
+                    folder.parent.rmdir()
 
 
 def finish(run: Run, summary: Mapping[str, Any]) -> None:
@@ -297,6 +301,8 @@ def _new_folder(group: str, command: str, name: str) -> Path:
             return folder
         except FileExistsError:
             continue
+        except FileNotFoundError:  # the refused first run of this kind took the folder with it
+            parent.mkdir(exist_ok=True)
     raise UserError(f"cannot make a new run folder under {parent}")
 
 

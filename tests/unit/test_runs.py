@@ -62,6 +62,15 @@ def test_a_name_that_is_no_folder_name_is_refused(name: str) -> None:
         make_run(name=name)
 
 
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_refused_run_leaves_nothing_that_was_not_there(runs_root: Path, earlier: bool) -> None:
+    if earlier:
+        (runs_root / "data-audit").mkdir(parents=True)
+    with pytest.raises(UserError), open_run("data", "audit", Example()):
+        raise UserError("no such thing")
+    assert [path.name for path in runs_root.iterdir()] == (["data-audit"] if earlier else [])
+
+
 def test_a_failed_run_keeps_its_error_and_has_no_summary() -> None:
     with pytest.raises(ZeroDivisionError), open_run("data", "audit", Example()):
         _ = 1 / 0
