@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     if argv is None:
         leave_spaces_behind()
     try:
-        result: Any = app(args=argv, standalone_mode=False)
+        result: Any = app(args=argv, prog_name="workbench", standalone_mode=False)  # also as python -m workbench
     except typer.Abort:
         sys.exit(130)
     except ClickException as error:

@@ -49,10 +49,10 @@ def test_help_of_a_command_lists_its_config_keys() -> None:
 
 
 def test_the_shell_completes_groups() -> None:
+    """As ``python -m workbench`` too, which the command becomes where its path has a space."""
     variables = {"_WORKBENCH_COMPLETE": "complete_bash", "COMP_WORDS": "workbench pro", "COMP_CWORD": "1"}
-    script = "from workbench.cli import app; app(prog_name='workbench')"
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, **variables}
+        [sys.executable, "-m", "workbench"], capture_output=True, text=True, env={**os.environ, **variables}
     )
     assert done.stdout.split() == ["profile"]
 
