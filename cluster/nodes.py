@@ -6,7 +6,6 @@ nodes = remote_nodes(cluster_address)   # with the dashboard's address and token
 
 import json
 import re
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,6 +71,8 @@ def remote_nodes(cluster: ClusterAddress) -> list[Node]:
 
 def _free(cluster: ClusterAddress) -> dict[str, dict[str, float]]:
     """Free resources by node id, from the text that the dashboard shows; empty where it has none yet."""
+    import urllib.request
+
     request = urllib.request.Request(f"{cluster.dashboard}/nodes?view=summary")
     if cluster.token_file is not None:
         request.add_header("Authorization", f"Bearer {cluster.token_file.read_text().strip()}")

@@ -86,7 +86,9 @@ def ssh_options() -> list[str]:
 class Config(BaseModel):
     """Base of every command's config: unknown keys are refused, defaults are checked, values are frozen."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", validate_default=True, frozen=True, protected_namespaces=(), defer_build=True
+    )
 
     @field_validator("*", mode="before")
     @classmethod
