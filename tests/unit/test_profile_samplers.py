@@ -66,3 +66,12 @@ def test_a_recorder_writes_what_it_sampled_and_what_it_cost(tmp_path: Path) -> N
 def test_a_host_that_does_not_see_the_storage_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(Failure, match="storage that all hosts share"):
         HostRecorder(str(tmp_path / "elsewhere"))
+
+
+def test_a_recorder_that_says_it_is_ready_has_its_first_sample(tmp_path: Path) -> None:
+    """So what counts its seconds from then on gets them all, also where the machine is slow to start."""
+    recorder = HostRecorder(str(tmp_path), hertz=0.1)
+    ready = recorder.ready()
+    recorder.stop()
+    [trace] = read_samples(tmp_path).values()
+    assert ready == recorder.host and trace.facts["samples"] == 1
