@@ -22,6 +22,7 @@ from workbench.commands import Command, execute, parse_arguments
 from workbench.config import CHECKOUT, Config, load
 from workbench.errors import Failure, UserError
 from workbench.interpreter import leave_spaces_behind
+from workbench.redact import redact
 from workbench.reproduce import reproduce_command
 from workbench.resources import Placed
 from workbench.runs_cli import runs_app
@@ -246,16 +247,16 @@ def main(argv: list[str] | None = None) -> None:
         error.show()
         sys.exit(2)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         sys.exit(UserError.exit_code)
     except Failure as error:
-        print(f"failed: {error}", file=sys.stderr)
+        print(f"failed: {redact(str(error))}", file=sys.stderr)
         sys.exit(Failure.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        print("".join(traceback.format_exception(error)[-3:]), file=sys.stderr)
-        print(f"failed: {type(error).__name__}: {error}", file=sys.stderr)
+        print(redact("".join(traceback.format_exception(error)[-3:])), file=sys.stderr)
+        print(f"failed: {type(error).__name__}: {redact(str(error))}", file=sys.stderr)
         sys.exit(1)
     sys.exit(result if isinstance(result, int) else 0)

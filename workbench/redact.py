@@ -11,9 +11,9 @@ import yaml
 
 MASK = "(secret)"
 SECRET_KEY = re.compile(r"(^|[_.-])(key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
-USER_INFO = re.compile(r"(?<=://)([^/@:\s\"<>]*):([^/\s\"<>]+)@")
+USER_INFO = re.compile(r"(?<=:/)(/?[^/@:\s\"<>]*):([^/\s\"<>]+)@")
 """User and password of a URL: all up to the last ``@`` of its host part, for a password may hold one that should have
-been written ``%40``."""
+been written ``%40``. A URL that was taken for a path has lost one of its slashes."""
 
 
 def redact(value: Any) -> Any:

@@ -164,6 +164,7 @@ def test_a_failure_that_names_a_secret_is_recorded_without_it() -> None:
     ("argument", "expected"),
     [
         ("uri=http://root:pa@ss@h:1", "uri=http://root:(secret)@h:1"),
+        ("path=/x/http:/root:pass@h", "path=/x/http:/root:(secret)@h"),
         ("models=[{name: a, api_key: sk-1}]", "models=[{api_key: (secret), name: a}]"),
         ("model={api_key: [sk-1, sk-2]}", "model={api_key: [(secret), (secret)]}"),
         ("sizes=[1, 2]", "sizes=[1, 2]"),
