@@ -23,7 +23,7 @@ class Job:
 
     def __init__(self, site: Site, name: str, driver: str) -> None:
         self.site, self.name = site, f"{name}-{time.time():.0f}"
-        session = json.loads(site.lab.laptop.run("cat ~/state/session.json").stdout)
+        session = json.loads(site.lab.laptop.run("cat ~/state/cluster.json").stdout)
         self.variables = f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={session['token_file']}"
         self.address = session["dashboard"]
         site.share("counting.py")
