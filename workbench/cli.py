@@ -186,7 +186,7 @@ def _parsed(line: Sequence[str]) -> tuple[Any, Config] | None:
     words = iter(line[2:])
     arguments = []
     for word in words:
-        if word == "--name":
+        if word in ("--name", "--fail-on"):
             next(words, "")
         elif not word.startswith("--"):
             arguments.append(word)
