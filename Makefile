@@ -1,6 +1,6 @@
 # make demo   installs into .venv and runs the main job end to end
 # make test   installs what the tests need and runs lint, types and tests
-# make lab    runs the tests on several hosts in namespaces: root, and the packages that it names if they are missing
+# make lab    runs the tests on several hosts in namespaces, 20 to 30 minutes on two cores; needs root and Debian packages
 # Variables of install.sh: PYTHON, EXTRA=cpu|cuda|none, TORCH_INDEX. Demo: ARGS="--fresh".
 
 # The environment's interpreter by a path without spaces, which Ray needs.
