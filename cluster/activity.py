@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.job_client import job_client
+from cluster.job_spec import EXEC
 from cluster.labels import HOST
 from workbench.errors import Failure
 from workbench.session import ClusterAddress
@@ -86,7 +87,7 @@ def observe(cluster: ClusterAddress, head: str) -> Activity:
         ids = places.get(job.job_id or "", set()) | {job.driver_node_id or ""}
         hosts = {host_of[one] for one in ids if one in host_of}
         name = job.submission_id or f"driver {job.job_id}"
-        jobs.append(JobAtWork(name, job.entrypoint or "", frozenset(hosts or {head})))
+        jobs.append(JobAtWork(name, (job.entrypoint or "").removeprefix(EXEC), frozenset(hosts or {head})))
     return Activity(nodes, jobs)
 
 

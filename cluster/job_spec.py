@@ -25,6 +25,8 @@ from workbench.runs import git_commit
 COMMAND = ["python", "-m", "workbench"]
 ENTRY = ["python", "-m", "cluster.job_entry"]
 HOLD = ["python", "-m", "cluster.job_hold"]
+EXEC = "exec "
+"""The shell gives way to the command: where the job's supervisor dies, Ray kills its own children and no further."""
 HOLD_VARIABLE = "WORKBENCH_HELD_JOB"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 URL_PASSWORD = re.compile(r"(://[^/:\s]*):(?!\d+(?:[/?#]|$))\S*@")
@@ -97,7 +99,7 @@ class JobSpec:
     def entrypoint(self) -> str:
         """The command line of the job's process."""
         if self.held:
-            return shlex.join([*HOLD, "--", *self.command])
+            return EXEC + shlex.join([*HOLD, "--", *self.command])
         return self.command_line()
 
     def command_line(self) -> str:
@@ -105,7 +107,7 @@ class JobSpec:
         options = [argument for name in self.secrets for argument in ("--secret", name)]
         if self.resources.cards:
             options += ["--cards", self.resources.cards]
-        return shlex.join([*ENTRY, *options, "--", *self.command] if options else [*COMMAND, *self.command])
+        return EXEC + shlex.join([*ENTRY, *options, "--", *self.command] if options else [*COMMAND, *self.command])
 
     def runtime_env(self) -> dict[str, Any]:
         """This checkout and the variables; of secrets their names, and the hook that resolves them in workers."""

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.job_spec import EntrypointResources, JobSpec, check_name, hidden_line
+from cluster.job_spec import EXEC, EntrypointResources, JobSpec, check_name, hidden_line
 from workbench.errors import Failure, UserError
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def describe(details: "JobDetails") -> dict[str, Any]:
         "job": details.submission_id,
         "state": _state(details),
         "owner": metadata.get("owner", ""),
-        "command": hidden_line(metadata.get("command", details.entrypoint.removeprefix("python -m workbench "))),
+        "command": hidden_line(metadata.get("command", details.entrypoint.removeprefix(f"{EXEC}python -m workbench "))),
         "resources": metadata.get("resources", ""),
         "after": metadata.get("after", ""),
         "retries": int(metadata.get("retries", "0")),

@@ -269,7 +269,8 @@ def test_status_of_a_silent_head_shows_what_the_supervisor_says(site: Site) -> N
 def test_down_stops_what_up_started_and_nothing_else(site: Site) -> None:
     done = site.workbench("cluster", "down")
     assert done.returncode == 0, done.stderr
-    until(lambda: not [process for process in psutil.process_iter() if site.owns(process)], 30)
+    _, left_behind = psutil.wait_procs([one for one in psutil.process_iter() if site.owns(one)], timeout=30)
+    assert [one.cmdline() for one in left_behind] == []
     assert os.listdir(site.sshd.home / "service") == []
     left = set(os.listdir(site.sshd.home / ".workbench"))
     assert left <= {"token", "ray.log", "ray.log.1", "ray", "sv"}

@@ -24,14 +24,14 @@ def spec(**keys: Any) -> JobSpec:
 
 
 def test_a_plain_job_is_the_command_and_nothing_else() -> None:
-    assert spec().entrypoint() == "python -m workbench runs list --json"
+    assert spec().entrypoint() == "exec python -m workbench runs list --json"
     assert spec().arguments().keys() == {"entrypoint", "runtime_env", "metadata"}
 
 
 def test_of_secrets_only_names_travel() -> None:
     job = spec(secrets=["HF_TOKEN", "WANDB_API_KEY"])
     assert job.entrypoint() == (
-        "python -m cluster.job_entry --secret HF_TOKEN --secret WANDB_API_KEY -- runs list --json"
+        "exec python -m cluster.job_entry --secret HF_TOKEN --secret WANDB_API_KEY -- runs list --json"
     )
     assert job.runtime_env()["env_vars"][NAMES_VARIABLE] == "HF_TOKEN,WANDB_API_KEY"
 
@@ -96,7 +96,7 @@ def test_a_card_is_set_in_the_jobs_own_process_and_not_in_its_workers() -> None:
 
 def test_a_supervisor_reserves_nothing_and_knows_what_its_attempts_do() -> None:
     job = spec(after=["first"], retries=2, resources=EntrypointResources(cpus=2), secrets=["A"])
-    assert job.entrypoint() == "python -m cluster.job_hold -- runs list --json"
+    assert job.entrypoint() == "exec python -m cluster.job_hold -- runs list --json"
     assert "entrypoint_num_cpus" not in job.arguments()
     held = json.loads(job.runtime_env()["env_vars"][HOLD_VARIABLE])
     assert (held["after"], held["retries"], held["arguments"]) == (["first"], 2, {"entrypoint_num_cpus": 2})

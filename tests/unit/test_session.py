@@ -17,6 +17,7 @@ def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """An address where nobody listens, and a state folder of the test's own."""
     monkeypatch.setenv("WORKBENCH_STATE", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", bool)  # the tests' own Ray may be up by now
     with socket.create_server(("127.0.0.1", 0)) as server:
         return f"127.0.0.1:{server.getsockname()[1]}"
 
