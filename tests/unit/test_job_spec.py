@@ -100,7 +100,7 @@ def test_a_supervisor_reserves_nothing_and_knows_what_its_attempts_do() -> None:
     assert "entrypoint_num_cpus" not in job.arguments()
     held = json.loads(job.runtime_env()["env_vars"][HOLD_VARIABLE])
     assert (held["after"], held["retries"], held["arguments"]) == (["first"], 2, {"entrypoint_num_cpus": 2})
-    assert held["entrypoint"] == "python -m cluster.job_entry --secret A -- runs list --json"
+    assert held["entrypoint"] == "exec python -m cluster.job_entry --secret A -- runs list --json"
     assert HOLD_VARIABLE not in held["runtime_env"]["env_vars"]
 
 
