@@ -5,11 +5,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-SENTENCE_END = re.compile(
-    r"(?:(?<=[.!?])|(?<=[.!?][\"')\]]))\s+(?=[A-Z0-9\"'(`\[])"  # a full stop, perhaps inside quotes or brackets
-    r"|\n\s*\n|\n(?=\s*[-*•]\s)"  # a paragraph, an item of a list
-)
-ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|etc|vs|cf|Fig|Eq|Dr|Mr|Ms|No|al)\.|\b[A-Z]\.)$")
+from data_pipelines.chunks import sentence_starts
+
 WORD = re.compile(r"\w+")
 FUNCTION_WORDS = frozenset(
     WORD.findall(
@@ -60,17 +57,9 @@ def _cut(text: str, fraction: float) -> str:
 
 def sentences(text: str) -> list[str]:
     """The sentences of ``text`` in order, white space normalised; common abbreviations do not end one."""
-    found: list[str] = []
-    open_part = ""
-    for part in SENTENCE_END.split(text):
-        joined = " ".join(f"{open_part} {part or ''}".split())
-        if ABBREVIATION.search(joined):
-            open_part = joined
-            continue
-        open_part = ""
-        if joined:
-            found.append(joined)
-    return [*found, open_part] if open_part else found
+    starts = sentence_starts(text)
+    found = (" ".join(text[start:end].split()) for start, end in zip(starts, [*starts[1:], len(text)], strict=True))
+    return [sentence for sentence in found if sentence]
 
 
 def preference(scores: Sequence[float]) -> list[float]:
