@@ -1,13 +1,14 @@
 # make demo   installs into .venv and runs the main job end to end
 # make test   installs what the tests need and runs lint, types and tests
 # make lab    runs the tests on several hosts in namespaces, 20 to 30 minutes on two cores; needs root and Debian packages
+# make soak   kills embedding runs and a Milvus server at random, ROUNDS=10 times each, from KILL_SEED if that is given
 # Variables of install.sh: PYTHON, EXTRA=cpu|cuda|none, TORCH_INDEX. Demo: ARGS="--fresh".
 
 # The environment's interpreter by a path without spaces, which Ray needs.
 RUN = "$$(.venv/bin/python workbench/interpreter.py)" -m
 export PYTHON EXTRA TORCH_INDEX
 
-.PHONY: demo test lab install lint clean
+.PHONY: demo test lab soak install lint clean
 
 ifneq ($(EXTRA),)
 ifneq ($(EXTRA),$(shell cat .venv/extra 2>/dev/null))
@@ -25,6 +26,10 @@ lab: .venv/installed-dev
 	@cd tests && LACK="$$(../.venv/bin/python -c 'from lab.lab import missing; print(missing())')"; \
 	    [ -z "$$LACK" ] || { echo "$$LACK"; exit 1; }
 	$(RUN) pytest tests/lab -m "lab or not lab" $(ARGS)
+
+soak: .venv/installed-dev
+	KILL_ROUNDS=$(or $(ROUNDS),10) $(RUN) pytest tests/integration/test_milvus_server.py \
+	    tests/integration/test_embed_kill.py $(ARGS)
 
 lint: .venv/installed-dev
 	$(RUN) ruff check .
