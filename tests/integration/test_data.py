@@ -12,8 +12,8 @@ import pytest
 import ray
 
 from data_pipelines import audit, embed, owner
-from data_pipelines import search as search_module
 from data_pipelines.audit import AuditConfig
+from data_pipelines.collection import Collection
 from data_pipelines.embed import EmbedConfig
 from data_pipelines.search import search
 from data_pipelines.store import Store
@@ -69,7 +69,7 @@ def embed_config(documents: Path, **keys: Any) -> EmbedConfig:
     return EmbedConfig(documents=documents, **({"cpus_per_worker": 0.5, "workers": 1} | keys))
 
 
-def rows_of(uri: str, collection: str = "documents") -> dict[str, int] | None:
+def rows_of(uri: str, collection: str = "documents") -> dict[str, tuple[int, int]] | None:
     store = Store(uri)
     try:
         return store.contents(collection)
@@ -138,7 +138,7 @@ def test_a_smaller_selection_can_replace_a_larger_one(documents: Path, tmp_path:
     deleted, _ = go(embed, "embed", embed_config(documents, uri=uri, limit=3, other_rows="delete"))
     assert (deleted["rows"], deleted["other_rows"], deleted["deleted"], kept["deleted"]) == (3, 0, 4, 0)
     ids = sorted(row["id"] for row in pq.read_table(documents).to_pylist() if row["keep"])
-    assert sorted(rows_of(uri) or {}) == ids[:3]
+    assert sorted(rows_of(uri) or {}) == [f"{key}#0" for key in ids[:3]]
 
 
 def test_a_changed_text_is_embedded_again(documents: Path, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_search_through_the_actor_that_holds_the_folder(documents: Path, tmp_pat
     go(embed, "embed", embed_config(documents, uri=uri))
     holder = owner.hold(uri)
     try:
-        assert owner.ask(holder.model.remote("documents")) == (MODEL, 384)
+        assert owner.ask(holder.collection.remote("documents")).model == MODEL
         assert search("water birds", uri, limit=1)[0].title.startswith("Ducks")
         command = [sys.executable, "-m", "workbench", "data", "search", "water birds", f"uri={uri}", "--json"]
         environment = os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}
@@ -218,7 +218,7 @@ def test_mistakes_are_told_and_write_nothing(
 def test_another_model_is_refused(documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     uri = str(tmp_path / "m.db")
     store = Store(uri)
-    store.create("documents", "another-model", 8)
+    store.create(Collection("documents", "another-model", dimension=8))
     store.close()
     with pytest.raises(SystemExit) as stop:
         main(["data", "embed", f"documents={documents}", f"uri={uri}"])
@@ -253,4 +253,3 @@ def test_search_of_nothing(tmp_path: Path, runs_root: Path, capsys: pytest.Captu
             main(["data", "search", "ducks", f"uri={uri}"])
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
-    assert search_module.snippet("a  b\nc") == "a b c"

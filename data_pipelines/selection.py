@@ -1,0 +1,144 @@
+"""Which documents ``data embed`` is to have in Milvus, and a number that names what each was made from."""
+
+import fnmatch
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_pipelines.collection import ID_BYTES
+from workbench.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.dataset as ds
+
+SAMPLE = 64
+ROW_BYTES = 150
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The chosen documents: content hash by id; bytes of a typical row; some texts to measure with; and how a text
+    becomes rows, which is part of its hash."""
+
+    contents: Mapping[str, int]
+    row_bytes: int
+    columns: list[str]
+    sample: list[str] = field(repr=False)
+
+    def missing(self, rows: Mapping[str, tuple[int, int]]) -> list[str]:
+        """The documents of which not every chunk is among ``rows`` (content hash and chunk count by row id), sorted."""
+        there: dict[str, int] = {}
+        for row, (content, chunks) in rows.items():
+            document = document_of(row)
+            if self.contents.get(document) == content:
+                there[document] = there.get(document, chunks) - 1
+        return sorted(document for document in self.contents if there.get(document) != 0)
+
+    def stale(self, rows: Mapping[str, tuple[int, int]]) -> list[str]:
+        """The rows that chosen documents left behind when they were otherwise, sorted."""
+        return sorted(
+            row for row, (content, _) in rows.items() if self.contents.get(document_of(row), content) != content
+        )
+
+    def others(self, rows: Mapping[str, tuple[int, int]]) -> list[str]:
+        """The rows of documents that were not chosen, sorted."""
+        return sorted(row for row in rows if document_of(row) not in self.contents)
+
+
+def row_id(document: str, position: int) -> str:
+    """The primary key of a chunk."""
+    return f"{document}#{position}"
+
+
+def document_of(row: str) -> str:
+    """The document that a chunk is of."""
+    return row.rpartition("#")[0]
+
+
+def open_documents(path: Path, needed: Sequence[str]) -> "ds.Dataset":
+    """The Parquet files at ``path``. Raises UserError if they are not Parquet or lack a column."""
+    import pyarrow as pa
+    import pyarrow.dataset as ds
+
+    try:
+        dataset = ds.dataset(str(path), format="parquet")
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"documents: {path} is not Parquet: {error}") from None
+    names = set(dataset.schema.names)
+    if lacking := sorted(set(needed) - names):
+        raise UserError(f"documents: {path} has no column '{lacking[0]}'; it has {', '.join(sorted(names))}")
+    return dataset
+
+
+def select(
+    dataset: "ds.Dataset",
+    recipe: str,
+    *,
+    metadata: Sequence[str] = (),
+    sources: Sequence[str] = (),
+    min_words: int = 0,
+    limit: int | None = None,
+) -> Wanted:
+    """The documents to have: those with ``keep``, enough words and a matching source; of these the ``limit`` smallest
+    ids. ``recipe`` says how texts become rows.
+
+    Raises UserError if nothing is left, or for an id that is given twice or is too long for Milvus.
+    """
+    names = set(dataset.schema.names)
+    columns = ["id", "text", *(name for name in ("title", "source") if name in names), *metadata]
+    read = [*columns, *sorted({"source", "keep", "words"} & names - set(columns))]
+    patterns = re.compile("|".join(fnmatch.translate(pattern) for pattern in sources))
+    chosen: dict[str, int] = {}
+    sample: list[str] = []
+    characters = 0
+    for batch in dataset.to_batches(columns=read):
+        for row, content in zip(batch.to_pylist(), contents(batch.select(columns), metadata, recipe), strict=True):
+            words = row["words"] if "words" in row else len((row["text"] or "").split())
+            if not row.get("keep", True) or words < min_words or not patterns.match(row.get("source") or ""):
+                continue
+            document = _checked(str(row["id"]))
+            if chosen.setdefault(document, content) != content:
+                raise UserError(f"documents: the id '{document}' names two documents; give each its own")
+            characters += len(row["text"] or "")
+            if len(sample) < SAMPLE:
+                sample.append(row["text"] or "")
+    if not chosen:
+        raise UserError("documents: nothing is left after keep, sources and min_words")
+    kept = {key: chosen[key] for key in sorted(chosen)[:limit]}
+    return Wanted(kept, ROW_BYTES + characters // len(chosen), columns, sample)
+
+
+def _checked(document: str) -> str:
+    if len(document.encode()) > ID_BYTES:
+        raise UserError(f"documents: the id '{document[:60]}...' has more than {ID_BYTES} bytes")
+    return document
+
+
+def normal_rows(batch: "pa.RecordBatch | pa.Table", metadata: Sequence[str]) -> dict[str, list[str]]:
+    """The columns ``id, title, source, text, metadata`` of ``batch`` as strings, the last as JSON; a missing one or a
+    null is empty."""
+    size = batch.num_rows
+    plain = {
+        name: ["" if value is None else str(value) for value in batch[name].to_pylist()]
+        if name in batch.schema.names
+        else [""] * size
+        for name in ("id", "title", "source", "text")
+    }
+    extra = [dict(zip(metadata, values, strict=True)) for values in zip(*(batch[n].to_pylist() for n in metadata))]  # noqa: B905
+    plain["metadata"] = [json.dumps(values, default=str, ensure_ascii=False) for values in extra] or ["{}"] * size
+    return plain
+
+
+def contents(batch: "pa.RecordBatch | pa.Table", metadata: Sequence[str], recipe: str) -> list[int]:
+    """A signed 64-bit number for each document that names all that its rows are made from."""
+    rows = normal_rows(batch, metadata)
+    made = zip(rows["title"], rows["source"], rows["metadata"], rows["text"], strict=True)
+    return [
+        int.from_bytes(hashlib.blake2b("\0".join((recipe, *of)).encode(), digest_size=8).digest(), "big", signed=True)
+        for of in made
+    ]
