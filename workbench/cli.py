@@ -32,7 +32,7 @@ OF_A_MOMENT = "it tells of the state that it met, which is gone"
 
 GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
     "data": (
-        "Documents: audit, filter, embed, search.",
+        "Documents: audit, filter, embed, search, bench.",
         {
             "audit": Command("data_pipelines.audit", "Count, measure and screen a set of documents.", gates=True),
             "filter": Command("data_pipelines.filter", "Make the clean set of an audit, by rules.", ray=False),
@@ -44,6 +44,9 @@ GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
             ),
             "search": Command(
                 "data_pipelines.search", "Search a collection by meaning.", positional="query", ray=False
+            ),
+            "bench": Command(
+                "data_pipelines.bench", "Measure a Milvus: recall against latency, by index.", ray=False, once=MEASURED
             ),
         },
     ),
