@@ -113,7 +113,7 @@ def run(config: EmbedConfig, run: Run) -> Summary:
         sources=config.sources, min_words=config.min_words, limit=config.limit,
     )  # fmt: skip
     placement = place_here(config.request(), run.say, workers=config.workers)
-    run.input("documents", path=config.documents)
+    run.input("documents", path=config.documents, version=wanted.version)
     run.say(f"{len(wanted.contents):,} documents to have in '{config.collection}' at {config.uri}")
     with writable(config.uri, environment("MILVUS_TOKEN") or "") as milvus:
         return _embed(config, folder, wanted, placement, milvus, run)

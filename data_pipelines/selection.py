@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipelines.collection import ID_BYTES
+from data_pipelines.version import Version
 from workbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,13 +23,14 @@ ROW_BYTES = 150
 
 @dataclass(frozen=True)
 class Wanted:
-    """The chosen documents: content hash by id; bytes of a typical row; some texts to measure with; and how a text
-    becomes rows, which is part of its hash."""
+    """The chosen documents: content hash by id; bytes of a typical row; the columns they are made from; some texts to
+    measure with; and the version of the whole data set that they were chosen from."""
 
     contents: Mapping[str, int]
     row_bytes: int
     columns: list[str]
     sample: list[str] = field(repr=False)
+    version: str = ""
 
     def missing(self, rows: Mapping[str, tuple[int, int]]) -> list[str]:
         """The documents of which not every chunk is among ``rows`` (content hash and chunk count by row id), sorted."""
@@ -96,7 +98,9 @@ def select(
     chosen: dict[str, int] = {}
     sample: list[str] = []
     characters = 0
+    version = Version()
     for batch in dataset.to_batches(columns=read):
+        version.add(batch["id"].to_pylist(), batch["text"].to_pylist())
         for row, content in zip(batch.to_pylist(), contents(batch.select(columns), metadata, recipe), strict=True):
             words = row["words"] if "words" in row else len((row["text"] or "").split())
             if not row.get("keep", True) or words < min_words or not patterns.match(row.get("source") or ""):
@@ -110,7 +114,7 @@ def select(
     if not chosen:
         raise UserError("documents: nothing is left after keep, sources and min_words")
     kept = {key: chosen[key] for key in sorted(chosen)[:limit]}
-    return Wanted(kept, ROW_BYTES + characters // len(chosen), columns, sample)
+    return Wanted(kept, ROW_BYTES + characters // len(chosen), columns, sample, str(version))
 
 
 def _checked(document: str) -> str:

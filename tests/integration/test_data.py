@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -150,6 +151,39 @@ def test_a_changed_text_is_embedded_again(documents: Path, tmp_path: Path) -> No
     pq.write_table(table.set_column(1, "text", [texts]), file)
     second, _ = go(embed, "embed", embed_config(file, uri=uri))
     assert (second["embedded"], second["rows"]) == (1, first["rows"])
+
+
+def test_a_long_document_is_several_rows_which_change_with_it(documents: Path, tmp_path: Path) -> None:
+    uri, file = str(tmp_path / "m.db"), tmp_path / "long.parquet"
+
+    def write(long: str, short: str) -> None:
+        pq.write_table(pa.table({"id": ["long", "short#1"], "text": [long, short], "language": ["en", "de"]}), file)
+
+    def run(**keys: Any) -> dict[str, Any]:
+        keys = {"uri": uri, "max_tokens": 32, "chunk_overlap": 8, "metadata": ["language"]} | keys
+        return go(embed, "embed", embed_config(file, **keys))[0]
+
+    write("Geese fly south in autumn. " * 40, "Enten schwimmen.")
+    first = run()
+    assert (first["documents"], first["embedded"], first["missing"]) == (2, 2, 0)
+    assert first["rows"] > 8
+    assert "short#1#0" in (rows_of(uri) or {})
+    assert run()["embedded"] == 0
+    write("Geese fly south in autumn. " * 10, "Enten schwimmen.")
+    shorter = run()
+    assert (shorter["embedded"], shorter["stale"]) == (1, 0)
+    assert 2 < shorter["rows"] < first["rows"]
+    assert [hit.document for hit in search("birds", uri, where='metadata["language"] == "de"')] == ["short#1"]
+    cut = run(long_texts="cut")
+    assert (cut["embedded"], cut["cut"], cut["rows"]) == (2, 1, 2)
+
+
+def test_an_id_that_names_two_documents_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pq.write_table(pa.table({"id": ["a", "a"], "text": ["One.", "Two."]}), tmp_path / "d.parquet")
+    with pytest.raises(SystemExit) as stop:
+        main(["data", "embed", f"documents={tmp_path / 'd.parquet'}", f"uri={tmp_path / 'm.db'}"])
+    assert stop.value.code == 2
+    assert "the id 'a' names two documents" in capsys.readouterr().err
 
 
 def test_a_folder_in_use_names_its_holder(documents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_pipelines.selection import document_of
 from data_pipelines.store import Store
 
 ROWS = 240
@@ -20,15 +22,17 @@ PROGRESS = re.compile(r"(\d+) of (\d+) embedded")
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts long enough that a run takes some seconds."""
+    """Texts long enough that a run takes some seconds, every tenth of them of several chunks."""
     path = tmp_path_factory.mktemp("kill") / "documents.parquet"
-    texts = [f"Document {i} counts {' '.join(str(i * k) for k in range(120))}." for i in range(ROWS)]
+    texts = [
+        f"Document {i} counts {' '.join(str(i * k) for k in range(300 if i % 10 == 0 else 60))}." for i in range(ROWS)
+    ]
     pq.write_table(pa.table({"id": [f"doc-{i:04d}" for i in range(ROWS)], "text": texts}), path, row_group_size=40)
     return path
 
 
 @pytest.fixture(scope="module")
-def undisturbed(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+def undisturbed(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, int]]:
     """The rows of a run that nobody killed."""
     folder = tmp_path_factory.mktemp("undisturbed")
     finish(start(documents, folder))
@@ -64,8 +68,8 @@ def halfway(process: subprocess.Popen[str]) -> list[psutil.Process]:
     raise AssertionError(f"the run ended before it was seen halfway: {''.join(seen[-20:])}")
 
 
-def contents(folder: Path, wait: float = 0) -> dict[str, int]:
-    """Id and content hash of every row, read by this process once the folder is free, ``wait`` seconds at most."""
+def contents(folder: Path, wait: float = 0) -> dict[str, tuple[int, int]]:
+    """Content hash and chunk count of every row by id, read once the folder is free, ``wait`` seconds at most."""
     store = Store(str(folder / "m.db"), wait=wait)
     try:
         return store.contents("documents") or {}
@@ -73,7 +77,13 @@ def contents(folder: Path, wait: float = 0) -> dict[str, int]:
         store.close()
 
 
-def test_killed_driver(documents: Path, undisturbed: dict[str, int], tmp_path: Path) -> None:
+def whole(rows: dict[str, tuple[int, int]]) -> int:
+    """How many documents have all their chunks."""
+    found = Counter(document_of(row) for row in rows)
+    return sum(found[document_of(row)] == chunks for row, (_, chunks) in rows.items() if row.endswith("#0"))
+
+
+def test_killed_driver(documents: Path, undisturbed: dict[str, tuple[int, int]], tmp_path: Path) -> None:
     """Killed twice with SIGKILL and started again at once, the run keeps what is there and completes it."""
     before = 0
     left: list[psutil.Process] = []
@@ -82,7 +92,7 @@ def test_killed_driver(documents: Path, undisturbed: dict[str, int], tmp_path: P
         left += halfway(process)
         process.kill()
         process.wait()
-        after = len(contents(tmp_path, wait=60))
+        after = whole(contents(tmp_path, wait=60))
         assert before < after < ROWS
         before = after
     summary = finish(start(documents, tmp_path))
@@ -93,7 +103,7 @@ def test_killed_driver(documents: Path, undisturbed: dict[str, int], tmp_path: P
     assert not alive
 
 
-def test_killed_worker_and_owner(documents: Path, undisturbed: dict[str, int], tmp_path: Path) -> None:
+def test_killed_worker_and_owner(documents: Path, undisturbed: dict[str, tuple[int, int]], tmp_path: Path) -> None:
     """A run survives the death of an embedding worker and of the actor that has the folder open."""
     process = start(documents, tmp_path)
     children = {" ".join(child.cmdline()): child for child in halfway(process)}
