@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from kills import ROUNDS, dice, found
 
 from data_pipelines.selection import document_of
 from data_pipelines.store import Store
@@ -79,8 +81,8 @@ def contents(folder: Path, wait: float = 0) -> dict[str, tuple[int, int]]:
 
 def whole(rows: dict[str, tuple[int, int]]) -> int:
     """How many documents have all their chunks."""
-    found = Counter(document_of(row) for row in rows)
-    return sum(found[document_of(row)] == chunks for row, (_, chunks) in rows.items() if row.endswith("#0"))
+    counted = Counter(document_of(row) for row in rows)
+    return sum(counted[document_of(row)] == chunks for row, (_, chunks) in rows.items() if row.endswith("#0"))
 
 
 def test_killed_driver(documents: Path, undisturbed: dict[str, tuple[int, int]], tmp_path: Path) -> None:
@@ -107,8 +109,30 @@ def test_killed_worker_and_owner(documents: Path, undisturbed: dict[str, tuple[i
     """A run survives the death of an embedding worker and of the actor that has the folder open."""
     process = start(documents, tmp_path)
     children = {" ".join(child.cmdline()): child for child in halfway(process)}
-    for title in ("EmbedIntoMilvus", "ray::Owner"):
+    for title in ("Embedder", "ray::Owner"):
         next(child for name, child in children.items() if title in name).kill()
     summary = finish(process)
     assert summary["missing"] == 0
+    assert contents(tmp_path) == undisturbed
+
+
+@pytest.mark.skipif(ROUNDS < 2, reason="'make soak' runs it")
+@pytest.mark.parametrize("number", range(ROUNDS))
+def test_killed_at_random(
+    documents: Path, undisturbed: dict[str, tuple[int, int]], tmp_path: Path, number: int
+) -> None:
+    """Workers, owner and driver are killed at random moments of their lives, the driver last; then it is begun again."""
+    chance = dice("lite", number)
+    process = start(documents, tmp_path)
+    moments = sorted((chance.uniform(0, 25), chance.choice(["Embedder", "ray::Owner"])) for _ in range(2))
+    print("kills:", moments)
+    began = time.monotonic()
+    for moment, title in [*moments, (chance.uniform(5, 35), "driver")]:
+        time.sleep(max(0.0, began + moment - time.monotonic()))
+        if title == "driver":
+            process.kill()
+        elif victims := found(process.pid, title):
+            chance.choice(victims).kill()
+    process.communicate()
+    assert finish(start(documents, tmp_path))["missing"] == 0
     assert contents(tmp_path) == undisturbed
