@@ -121,7 +121,7 @@ def test_killed_worker_and_owner(documents: Path, undisturbed: dict[str, tuple[i
 def test_killed_at_random(
     documents: Path, undisturbed: dict[str, tuple[int, int]], tmp_path: Path, number: int
 ) -> None:
-    """Workers, owner and driver are killed at random moments of their lives, the driver last; then it is begun again."""
+    """Workers, owner and at last the driver are killed at random moments; then it is begun again."""
     chance = dice("lite", number)
     process = start(documents, tmp_path)
     moments = sorted((chance.uniform(0, 25), chance.choice(["Embedder", "ray::Owner"])) for _ in range(2))
