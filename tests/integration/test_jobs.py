@@ -141,7 +141,7 @@ def test_interrupting_submit_without_a_terminal_stops_the_job(head: ClusterAddre
 
 def test_a_plain_ray_line_does_the_same(head: ClusterAddress, tmp_path: Path) -> None:
     line = workbench("submit", "--dry-run", "--runs", str(tmp_path), "--", *LIST).stdout.strip()
-    assert line.endswith("-- python -m workbench runs list --json")
+    assert line.endswith("-- exec python -m workbench runs list --json")
     assert head.token_file is not None
     environment = {**os.environ, **token_environment(head.token_file)}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
