@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import queue
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ import numpy as np
 from data_pipelines.lite import LiteFolder
 from data_pipelines.store import HIT_FIELDS, Store, is_server
 from data_pipelines.vector_index import search_params
+from workbench.errors import Failure
 
 CLIENT_SECONDS = 300
 """How long the slowest client may take to start and to end."""
@@ -78,6 +81,7 @@ def open_target(uri: str, token: str) -> Iterator[Target]:
 
 
 def _serve_lite(uri: str, connection: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent closes the pipe
     try:
         lite = LiteFolder(Path(uri))
     except Exception as error:
@@ -150,7 +154,10 @@ def together(
     ]  # fmt: skip
     for process in processes:
         process.start()
-    results = [answers.get(timeout=seconds + CLIENT_SECONDS) for _ in processes]
+    try:
+        results = [answers.get(timeout=seconds + CLIENT_SECONDS) for _ in processes]
+    except queue.Empty:
+        raise Failure(f"a client of {clients} did not answer within {seconds + CLIENT_SECONDS:.0f} s") from None
     for process in processes:
         process.join()
     for result in results:
@@ -169,6 +176,7 @@ def _client(
     target: Target, collection: str, queries: np.ndarray, limit: int, effort: int, seconds: float, barrier: Any,
     answers: Any,
 ) -> None:  # fmt: skip
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         store = Store(target.address, target.token)
         for query in queries[:5]:

@@ -6,6 +6,7 @@ by the code that wrote it.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -186,6 +187,50 @@ def test_killed_at_random(server: MilvusServer, tmp_path: Path, number: int) -> 
     summary = run.finish()
     assert summary["missing"] == 0
     check_collection(server, folder.name, source)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_password_tls_and_a_copied_folder(tmp_path: Path) -> None:
+    """Only with the certificate's authority and the right password; a copy of a stopped server's folder is a backup."""
+    authority = certificate(tmp_path)
+    settings: dict[str, Any] = {
+        "authorization_enabled": True, "tls_mode": 1, "ca_pem_path": str(authority),
+        "server_pem_path": str(tmp_path / "server.pem"), "server_key_path": str(tmp_path / "server.key"),
+    }  # fmt: skip
+    trusted = {"GRPC_DEFAULT_SSL_ROOTS_FILE_PATH": str(authority)}
+    known = {"MILVUS_TOKEN": "root:Milvus", **trusted}
+    with milvus_server(tmp_path / "milvus", **settings) as server:
+        assert bench(server, tmp_path, known)["write_seconds"] is not None
+        for lacking in (trusted, {**trusted, "MILVUS_TOKEN": "root:wrong-one"}, {"MILVUS_TOKEN": "root:Milvus"}):
+            refused = bench(server, tmp_path, lacking, code=2)
+            assert "https://localhost" in refused["error"]
+            assert "Traceback" not in refused["error"] and "wrong-one" not in refused["error"]
+    shutil.copytree(server.folder / "data", tmp_path / "copy" / "data")
+    with milvus_server(tmp_path / "copy", **settings) as server:
+        assert bench(server, tmp_path, known)["write_seconds"] is None, "the vectors are in the copy"
+
+
+def bench(server: MilvusServer, folder: Path, variables: dict[str, str], code: int = 0) -> dict[str, Any]:
+    """The summary of a tiny ``data bench`` over TLS, or what it said."""
+    done = server.run(
+        [sys.executable, "-m", "workbench", "data", "bench", "--json", "uri=https://localhost:19530", "rows=200",
+         "dimension=8", "searches=20", "seconds=0.2", "clients=0", "indexes=[FLAT]"],
+        env=os.environ | {"WORKBENCH_RUNS_ROOT": str(folder / "runs")} | variables,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr[-3000:]
+    return dict(json.loads(done.stdout)) if code == 0 else {"error": done.stderr}
+
+
+def certificate(folder: Path) -> Path:
+    """``server.key`` and ``server.pem`` for localhost, and the authority that signed it."""
+    (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
+    for line in (
+        "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=authority -keyout ca.key -out ca.pem",
+        "req -newkey rsa:2048 -nodes -subj /CN=localhost -keyout server.key -out server.csr",
+        "x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile names -out server.pem",
+    ):
+        subprocess.run(["openssl", *line.split()], cwd=folder, check=True, capture_output=True)
+    return folder / "ca.pem"
 
 
 soak = pytest.mark.skipif(ROUNDS < 2, reason="'make soak' runs it")
