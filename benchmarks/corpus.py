@@ -11,7 +11,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -94,7 +94,7 @@ class _Changes:
     test: list[tuple[str, Passage]] = field(default_factory=list)
 
 
-def build(passages: Iterable[Passage], out: Path, plan: Plan, packages: list[str], seed: int = SEED) -> Planted:
+def build(passages: Iterator[Passage], out: Path, plan: Plan, packages: list[str], seed: int = SEED) -> Planted:
     """Write the corpus; whatever ``out`` held is replaced. Raises UserError where there are too few passages, or too
     few that are like no other."""
     shutil.rmtree(out, ignore_errors=True)
@@ -119,7 +119,7 @@ def build(passages: Iterable[Passage], out: Path, plan: Plan, packages: list[str
     return planted
 
 
-def _spool(passages: Iterable[Passage], folder: Path, rows: int) -> list[int]:
+def _spool(passages: Iterator[Passage], folder: Path, rows: int) -> list[int]:
     """Write the first ``rows`` passages; the numbers of those that faults may be planted into."""
     eligible, batch, number = [], [], 0
     for passage in passages:
@@ -132,6 +132,8 @@ def _spool(passages: Iterable[Passage], folder: Path, rows: int) -> list[int]:
             pq.write_table(table, folder / f"{number:09d}.parquet")
             batch = []
         if number == rows:
+            if isinstance(passages, Generator):
+                passages.close()  # ends the processes that read
             return eligible
     raise UserError(f"rows: the packages have {number:,} passages, and {rows:,} are needed: ask for fewer rows")
 

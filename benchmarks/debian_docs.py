@@ -34,6 +34,8 @@ SHORTEST, LONGEST = 400, 800
 """Characters of a passage."""
 MOST_OF_A_FILE = 30_000
 """Passages of one file, of which a dictionary would make sixty thousand."""
+AHEAD = 2048
+"""Files that are read before the passages of the first of them are taken."""
 TWICE = ("/_sources/", "/Documentation/", "/core/arch/")
 """Folders that say what the pages beside them say, or say the same thousands of times over."""
 ENDINGS = (".html", ".htm", ".txt", ".rst", ".pod", ".dict.dz")
@@ -92,8 +94,9 @@ def read(folder: Path, processes: int = 2) -> Iterator[Passage]:
     names = [str(path.relative_to(folder)) for path in files if kind_of(str(path))]
     names.sort(key=lambda name: hashlib.blake2b(name.encode(), digest_size=8).digest())
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for passages in pool.imap(_passages, [(folder, name) for name in names], chunksize=16):
-            yield from passages
+        for first in range(0, len(names), AHEAD):  # no further ahead of the reader than this
+            for passages in pool.imap(_passages, [(folder, name) for name in names[first : first + AHEAD]], 16):
+                yield from passages
 
 
 def kind_of(path: str) -> str:

@@ -3,8 +3,8 @@
     python -m benchmarks.embed_speed --documents CORPUS/train --rows 1500 --rounds 3
 
 The bare loop is what one would write without a pipeline: two processes of one thread, each with half of the texts in
-one call of sentence-transformers, which sorts them by length. Both sides are counted from when the models are loaded; what
-setting up costs is told apart. Writes a table to standard output as JSON.
+one call of sentence-transformers, which sorts them by length. Both sides are counted from when the models are loaded;
+what setting up costs is told apart. Writes a table to standard output as JSON.
 """
 
 import argparse

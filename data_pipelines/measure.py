@@ -1,6 +1,5 @@
 """What the audit measures of each document, a batch at a time on Arrow tables."""
 
-import functools
 import hashlib
 import itertools
 import json
@@ -11,6 +10,7 @@ import numpy as np
 
 from data_pipelines.duplicates import band_keys, normal_hash, words_of
 from data_pipelines.exchanges import flags_of, keys_of, lengths_of
+from data_pipelines.language import languages
 from data_pipelines.ngrams import Words
 from data_pipelines.pii import KINDS, counts
 from data_pipelines.quality import quality
@@ -19,8 +19,6 @@ from data_pipelines.tokens import token_counts
 if TYPE_CHECKING:
     import pyarrow as pa
 
-LANGUAGE_CHARACTERS = 200
-"""Language is told from the start of a text: more hardly changes the answer and costs time."""
 VOCABULARY_SAMPLE = 2048
 """How many of a batch's smallest word hashes are kept to estimate how many distinct words there are."""
 
@@ -92,7 +90,7 @@ def measure(batch: "pa.Table", measures: Measures) -> "pa.Table":
         "reason": reasons,
         "characters": pa.array([len(text) for text in texts], pa.int32()),
         "words": pa.array([len(own) for own in words], pa.int32()),
-        "language": [language(text) for text in good],
+        "language": languages(good),
     }
     if measures.tokenizer:
         columns["tokens"] = pa.array(token_counts(good, measures.tokenizer), pa.int32())
@@ -151,18 +149,3 @@ def _grams(table: Words, measures: Measures) -> list[bytes]:
         hashes, owners = hashes[shared], owners[shared]
     edges = np.searchsorted(owners, np.arange(len(table.counts) + 1))
     return [np.unique(hashes[first:end]).tobytes() if end > first else b"" for first, end in itertools.pairwise(edges)]
-
-
-def language(text: str) -> str:
-    """ISO 639-1 code of the text's language, "und" where the text does not tell."""
-    if not text:
-        return "und"
-    label: str = _identifier().classify(text[:LANGUAGE_CHARACTERS])[0]
-    return label
-
-
-@functools.cache
-def _identifier() -> Any:
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier
-
-    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True, min_confidence=0.5)

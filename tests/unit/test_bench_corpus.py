@@ -1,6 +1,7 @@
 """The benchmark's corpus: passages, planted faults that are what they are said to be, and an audit that finds them."""
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.dataset as ds
@@ -26,6 +27,10 @@ def passages(number: int, seed: int = 3) -> list[Passage]:
         texts[at] = texts[at + 1]
     texts[5] = f"{texts[5]} 2024"
     return [Passage(f"title {at}", f"file {at}", text) for at, text in enumerate(texts)]
+
+
+def source(number: int) -> Iterator[Passage]:
+    yield from passages(number)
 
 
 def test_passages_have_their_length_and_all_words_of_the_text() -> None:
@@ -92,7 +97,7 @@ def test_lone_texts_are_those_that_share_little() -> None:
 
 def test_an_audit_finds_exactly_what_was_planted(tmp_path: Path) -> None:
     plan = Plan(rows=700, exact=12, near=6, personal=4, leaks=6, clean=12, broken=3)
-    planted = build(passages(900), tmp_path / "corpus", plan, ["made 1"])
+    planted = build(source(900), tmp_path / "corpus", plan, ["made 1"])
     assert len(planted.near) == 6 * len(planting.LEVELS)
     columns = {"id_column": "id", "title_column": "title", "source_column": "source"}
     rows = {}
@@ -111,7 +116,7 @@ def test_an_audit_finds_exactly_what_was_planted(tmp_path: Path) -> None:
 
 def test_what_an_audit_missed_is_named(tmp_path: Path) -> None:
     plan = Plan(rows=400, exact=5, near=2, personal=2, leaks=2, clean=4, broken=1)
-    build(passages(500), tmp_path / "corpus", plan, [])
+    build(source(500), tmp_path / "corpus", plan, [])
     opened = open_reading(Reading(source=str(tmp_path / "corpus" / "train"), id_column="id", source_column="source"))
     rows = [row for item in opened.items for row in item.rows() if row.key != "exact-00003"]
     audited(tmp_path / "audit", {"train": rows}, threshold=0.99)
@@ -124,7 +129,7 @@ def test_what_an_audit_missed_is_named(tmp_path: Path) -> None:
 
 def test_the_same_seed_makes_the_same_corpus(tmp_path: Path) -> None:
     plan = Plan(rows=400, exact=5, near=2, personal=2, leaks=2, clean=4, broken=2)
-    made = [build(passages(500), tmp_path / name, plan, []) for name in ("a", "b")]
+    made = [build(source(500), tmp_path / name, plan, []) for name in ("a", "b")]
     assert made[0] == made[1]
     tables = [ds.dataset(str(tmp_path / name / "test")).to_table() for name in ("a", "b")]
     assert tables[0] == tables[1]
@@ -133,6 +138,6 @@ def test_the_same_seed_makes_the_same_corpus(tmp_path: Path) -> None:
 
 def test_too_few_passages_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the packages have 100 passages"):
-        build(passages(100), tmp_path / "corpus", Plan.of(1000), [])
+        build(source(100), tmp_path / "corpus", Plan.of(1000), [])
     with pytest.raises(UserError, match="at least 200"):
         Plan.of(10)
