@@ -28,7 +28,7 @@ from workbench.errors import UserError
 
 SHARD_ROWS = 10_000
 SEED = 26
-CANDIDATES = 4
+CANDIDATES = 8
 """How many texts are looked at for each that is to be lone."""
 PROCESSES = 2
 SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "title", "source", "text")])
