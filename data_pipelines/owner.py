@@ -152,10 +152,10 @@ class ThroughOwner:
 
 
 @contextmanager
-def writable(uri: str, token: str = "") -> Iterator[Any]:
+def writable(uri: str, token: str = "", patience: float = 0) -> Iterator[Any]:
     """``Store`` on a server, or the owner of a folder, which ends with the block if it was made for it."""
     if is_server(uri):
-        with closing(Store(uri, token)) as store:
+        with closing(Store(uri, token, patience=patience)) as store:
             yield store
         return
     there = find(uri)

@@ -71,7 +71,7 @@ class Store:
     """An open Milvus. Close it, or a Lite folder stays locked until the process ends.
 
     Raises UserError when a Lite folder is still held by another process after ``wait`` seconds, or when no server
-    answers. A write that a server does not take is tried again for ``patience`` seconds.
+    answers. What a server does not do, searches excepted, is tried again for ``patience`` seconds, then a Failure.
     """
 
     def __init__(self, uri: str, token: str = "", wait: float = 0, patience: float = 0) -> None:
@@ -106,9 +106,10 @@ class Store:
 
         Raises UserError if it was not made by ``data embed``.
         """
-        if not self._client.has_collection(name):
-            return None
-        return describe(name, self._client.describe_collection(name), self.uri)
+        described = self._patiently(
+            lambda: self._client.describe_collection(name) if self._client.has_collection(name) else None
+        )
+        return None if described is None else describe(name, described, self.uri)
 
     def collections(self) -> list[str]:
         """The names of all collections."""
@@ -157,11 +158,11 @@ class Store:
             try:
                 return call()
             except (DataNotMatchException, ParamError) as error:
-                raise Failure(f"Milvus at {self.uri} does not take these rows: {error.message}") from None
+                raise Failure(f"Milvus at {self.uri} refuses this: {error.message}") from None
             except MilvusException as error:
                 if time.monotonic() + pause > deadline:
                     raise Failure(
-                        f"Milvus at {self.uri} has not taken a write for {self._patience:g} s: {error.message}"
+                        f"Milvus at {self.uri} has failed for {self._patience:g} s: {error.message}"
                     ) from None
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
@@ -169,10 +170,14 @@ class Store:
     def delete(self, collection: str, ids: Sequence[str]) -> None:
         """Remove the rows with these ids."""
         for start in range(0, len(ids), PAGE // 16):
-            self._client.delete(collection, ids=list(ids[start : start + PAGE // 16]))
+            some = list(ids[start : start + PAGE // 16])
+            self._patiently(lambda some=some: self._client.delete(collection, ids=some))
 
     def contents(self, collection: str) -> dict[str, tuple[int, int]] | None:
         """(content hash, chunks of the document) of every row by id, or None if there is no such collection."""
+        return self._patiently(lambda: self._contents(collection))
+
+    def _contents(self, collection: str) -> dict[str, tuple[int, int]] | None:
         if not self._client.has_collection(collection):
             return None
         self._load(collection)
@@ -192,6 +197,9 @@ class Store:
 
         Raises Failure if it is not there after an hour.
         """
+        self._patiently(lambda: self._build_index(collection, index))
+
+    def _build_index(self, collection: str, index: Index) -> None:
         self._client.flush(collection)
         present = self._index(collection)
         if present and not index.matches(present):
@@ -214,7 +222,10 @@ class Store:
         from pymilvus import MilvusException
 
         params = self._client.prepare_index_params()
-        params.add_index("vector", index_type=index.kind, metric_type=index.metric, params=index.params())
+        settings: dict[str, Any] = {**index.params()}
+        if self._lite:  # which reads them only so
+            settings["params"] = index.params()
+        params.add_index("vector", index_type=index.kind, metric_type=index.metric, params=settings)
         made = self.collection(collection)
         if made is not None and made.keywords and "keywords" not in self._client.list_indexes(collection):
             params.add_index("keywords", **KEYWORDS_INDEX)

@@ -29,7 +29,8 @@ class Index:
     def matches(self, present: dict[str, Any]) -> bool:
         """Whether an index that Milvus describes has these settings."""
         wanted = {"index_type": self.kind, "metric_type": self.metric, **self.params()}
-        return all(str(present[key]) == str(value) for key, value in wanted.items() if key in present)
+        told = {**present, **(present.get("params") or {})}
+        return all(str(told.get(key)) == str(value) for key, value in wanted.items())
 
 
 def search_params(limit: int, effort: int = 0) -> dict[str, Any]:
