@@ -1,4 +1,5 @@
-"""Why ``cluster/health.py`` has CONNECTIONS: plain Ray, one task in flight, and the link of its host cut in silence."""
+"""Why ``cluster/health.py`` has CONNECTIONS: plain Ray, a task or an actor's call in flight, and the link of its host
+cut in silence."""
 
 import pytest
 
@@ -11,23 +12,31 @@ from lab.site import until
 pytestmark = pytest.mark.lab
 PATIENCE = 45
 DRIVER = """
-import os, time, ray
+import os, sys, time, ray
 ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
 
-@ray.remote(num_cpus=0, resources={"slot": 1}, max_retries=3)
-def work():
+def work(*of):
     with open("/srv/storage/attempts", "a") as file:
         print(os.uname().nodename, file=file)
     time.sleep(15)
     return os.uname().nodename
 
-print("answer", ray.get(work.remote()))
+where = {"num_cpus": 0, "resources": {"slot": 1}}
+if sys.argv[1] == "task":
+    print("answer", ray.get(ray.remote(work).options(**where, max_retries=3).remote()))
+else:
+    Worker = ray.remote(type("Worker", (), {"work": work}))
+    print("answer", ray.get(Worker.options(**where, max_restarts=3, max_task_retries=3).remote().work.remote()))
 """
 
 
-@pytest.mark.parametrize("settings", [{}, CONNECTIONS], ids=["defaults", "ours"])
-def test_a_task_behind_a_cut_link_is_tried_again_only_with_our_settings(
-    can_lab: None, settings: dict[str, str]
+@pytest.mark.parametrize(
+    ("work", "settings"),
+    [("task", {}), ("task", CONNECTIONS), ("actor", CONNECTIONS)],
+    ids=["task-defaults", "task-ours", "actor-ours"],
+)
+def test_work_behind_a_cut_link_is_tried_again_only_with_our_settings(
+    can_lab: None, work: str, settings: dict[str, str]
 ) -> None:
     with Lab.start({"alpha": [], "beta": [], "gamma": []}) as lab:
         cluster = PlainRay(lab, "alpha", {**CONTROL_STORE, **settings})
@@ -38,7 +47,7 @@ def test_a_task_behind_a_cut_link_is_tried_again_only_with_our_settings(
         cluster.await_nodes(3)
         (lab.storage / "driver.py").write_text(DRIVER)
         log = lab.folder / "driver.log"
-        lab["alpha"].start(f"{ROOT}/.venv/bin/python /srv/storage/driver.py", log)
+        lab["alpha"].start(f"{ROOT}/.venv/bin/python /srv/storage/driver.py {work}", log)
         until(lambda: len(attempts(lab)) == 1, 60, "the first attempt")
         lost: Host = lab[attempts(lab)[0]]
         lab.cut(lost.name)
