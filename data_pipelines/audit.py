@@ -162,6 +162,9 @@ def run(config: AuditConfig, run: Run) -> Summary:
         "compare": compared - measured,
         "write": time.monotonic() - compared,
     }
+    run.metrics(
+        corpus.rows, **{f"seconds_{stage.replace(' ', '_')}": round(value, 2) for stage, value in seconds.items()}
+    )
     summary = summarise(config, corpus)
     figures = shares(corpus) | {name: value for name, value in summary.items() if name in COUNTS}
     found = crossed(config.fail_on, figures)
