@@ -7,7 +7,7 @@ once, with what was found out about duplicates and leaks. Memory: one shard of t
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipelines.duplicates import shares_bucket, shingles, survivors, words_of
+from data_pipelines.duplicates import ShingleSets, shares_bucket, survivors, words_of
 from data_pipelines.index import Index, conflicting
 from data_pipelines.leakage import Leak, Runs, find_leaks, longest_shared
 from data_pipelines.pii import KINDS
@@ -25,10 +25,24 @@ from data_pipelines.version import Version
 
 SHARDS = 16
 LARGEST = 10
+READ_ROWS = 8192
+"""Rows of a spooled shard that are looked at together."""
 SAME_ROW = "the same row twice"
 SAME_ID = "the same id twice"
 INNER = ("reason", "normal_hash", "bands", "vocabulary", "grams", "prompt_hash", "answer_hash")
 """Columns that only the audit itself needs."""
+
+
+def _first_of_equals(hashes: np.ndarray) -> np.ndarray:
+    """The place of the first of those with the same hash (V16), for each."""
+    halves = np.ascontiguousarray(hashes).view(np.uint64).reshape(-1, 2)
+    order = np.lexsort((halves[:, 0], halves[:, 1]))  # stable: equals stay in order
+    ordered = halves[order]
+    begins = np.ones(len(order), dtype=bool)
+    begins[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    first = np.empty(len(order), dtype=np.int64)
+    first[order] = order[np.flatnonzero(begins)[np.cumsum(begins) - 1]]
+    return first
 
 
 def shard_of(name: str) -> int:
@@ -124,26 +138,28 @@ class Corpus:
             self._find_leaks(threshold, evaluation)
 
     def _find_duplicates(self, mine: np.ndarray, threshold: float) -> None:
-        ids, hashes, bands = self.index.ids, self.index.hashes, self.index.bands
-        order = mine[np.lexsort((ids[mine], -self.index.characters[mine].astype(np.int64)))]
-        first: dict[bytes, int] = {}
-        unique: list[int] = []
-        for index in order.tolist():
-            equal = first.setdefault(hashes[index].tobytes(), index)
-            if equal == index:
-                unique.append(index)
-            else:
-                self._duplicates[self.index.name(index)] = (self.index.name(equal), "exact", 1.0)
-        compared = np.array(unique, dtype=np.int64)
-        compared = compared[shares_bucket(bands[compared])]
-        texts = self._texts(compared)
-        found = survivors(compared.tolist(), bands, lambda i: shingles(words_of(texts[i])), threshold)
-        for index, (near, similarity) in found.items():
-            self._duplicates[self.index.name(index)] = (self.index.name(near), "near", similarity)
+        index = self.index
+        order = mine[np.lexsort((mine, -index.characters[mine].astype(np.int64)))]
+        first = _first_of_equals(index.hashes[order])
+        again = first != np.arange(len(order))
+        for place, equal in zip(order[again].tolist(), order[first[again]].tolist(), strict=True):
+            self._duplicates[index.name(place)] = (index.name(equal), "exact", 1.0)
+        compared = order[~again]
+        compared = compared[shares_bucket(index.bands[compared])]
+        sets = ShingleSets()
+        number = np.empty(index.rows, dtype=np.int32)
+        number[compared] = np.arange(len(compared), dtype=np.int32)
+        for places, texts in self._read(compared):
+            sets.add(number[places], [words_of(text) for text in texts])
+        sets.close(len(compared))
+        found = survivors(index.bands[compared], sets, threshold)
+        for own, (near, similarity) in found.items():
+            name = index.name(int(compared[own]))
+            self._duplicates[name] = (index.name(int(compared[near])), "near", similarity)
         # The survivor of an exact duplicate may itself be a near duplicate: point at the one that is kept.
-        for own, (survivor, kind, similarity) in list(self._duplicates.items()):
+        for name, (survivor, kind, similarity) in list(self._duplicates.items()):
             if kind == "exact" and survivor in self._duplicates:
-                self._duplicates[own] = (self._duplicates[survivor][0], kind, similarity)
+                self._duplicates[name] = (self._duplicates[survivor][0], kind, similarity)
 
     def _find_leaks(self, threshold: float, evaluation: Collection[str]) -> None:
         index = self.index
@@ -215,17 +231,25 @@ class Corpus:
 
     def _texts(self, places: np.ndarray) -> dict[int, str]:
         """The texts of these documents, by their place in the index."""
-        wanted = {self.index.name(place): place for place in places.tolist()}
-        texts: dict[int, str] = {}
-        for file in sorted(self._spool.glob("*.parquet")) if wanted else []:
+        return {
+            place: text
+            for found, texts in self._read(places)
+            for place, text in zip(found.tolist(), texts, strict=True)
+        }
+
+    def _read(self, places: np.ndarray) -> Iterator[tuple[np.ndarray, list[str]]]:
+        """(places, texts) of these documents, some thousands at a time."""
+        places = np.sort(places)
+        ids, content = self.index.ids[places], self.index.content[places]
+        for file in sorted(self._spool.glob("*.parquet")) if len(places) else []:
             with pq.ParquetFile(file) as parquet:
-                for batch in parquet.iter_batches(columns=["id", "text", "content"]):
-                    columns = (batch[name].to_pylist() for name in ("id", "text", "content"))
-                    for name, text, content in zip(*columns, strict=True):
-                        place = wanted.get(name)
-                        if place is not None and content == self.index.content[place]:
-                            texts[place] = text
-        return texts
+                for batch in parquet.iter_batches(batch_size=READ_ROWS, columns=["id", "text", "content"]):
+                    own = np.array([name.encode() for name in batch["id"].to_pylist()])
+                    at = np.minimum(np.searchsorted(ids, own), len(ids) - 1)
+                    wanted = np.flatnonzero((ids[at] == own) & (content[at] == batch["content"].to_numpy()))
+                    # A row that is there twice counts once.
+                    found, first = np.unique(places[at[wanted]], return_index=True)
+                    yield found, batch["text"].take(pa.array(wanted[first])).to_pylist()
 
     def _unrepeated(self, table: pa.Table) -> pa.Table:
         """Sorted by id; of rows with one id the one that the index counts stays, the others are quarantined."""

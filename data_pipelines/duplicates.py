@@ -1,4 +1,4 @@
-"""Near duplicates: MinHash finds candidates, the true Jaccard similarity of word shingles decides.
+"""Near duplicates: MinHash finds candidates, the true Jaccard similarity of word shingles decides (each a 64-bit hash).
 
 Signatures are rensa's MinHash (Broder 1997); bands of rows make locality-sensitive buckets (Leskovec, Rajaraman and
 Ullman, Mining of Massive Datasets, section 3.4). With 24 bands of 5 rows a pair of similarity 0.8 is missed once in
@@ -10,9 +10,12 @@ does not depend on the order in which documents arrive.
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+
+from data_pipelines.ngrams import Words
 
 BANDS = 24
 ROWS = 5
@@ -68,33 +71,94 @@ def shares_bucket(keys: np.ndarray) -> np.ndarray:
     return shared
 
 
-def survivors(
-    order: Iterable[int], keys: np.ndarray, shingles_of: Callable[[int], set[str]], threshold: float
-) -> dict[int, tuple[int, float]]:
+def shared_buckets(keys: np.ndarray) -> np.ndarray:
+    """A number for each bucket that holds several of the documents, -1 for one that holds a single one: int32
+    [documents, bands]."""
+    numbers = np.full(keys.shape, -1, dtype=np.int32)
+    base = 0
+    for band in range(keys.shape[1]):
+        _, inverse, count = np.unique(keys[:, band], return_inverse=True, return_counts=True)
+        several = count[inverse] > 1
+        numbers[several, band] = inverse[several] + base
+        base += len(count)
+    return numbers
+
+
+@dataclass
+class ShingleSets:
+    """The shingles of documents as sorted 64-bit hashes, 8 bytes each: gather with ``add``, then ``close``."""
+
+    _hashes: list[np.ndarray] = field(default_factory=list)
+    _owners: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, documents: np.ndarray, texts: Sequence[list[str]]) -> None:
+        """Take some documents, given by number and as their words; each once, in any order."""
+        words = Words.of(texts)
+        hashes, at = words.hashes(SHINGLE)
+        owners = documents[words.owners[at]]
+        short = [(number, own) for number, own in zip(documents.tolist(), texts, strict=True) if 0 < len(own) < SHINGLE]
+        if short:
+            whole = b"".join(normal_hash(own)[:8] for _, own in short)
+            hashes = np.concatenate([hashes, np.frombuffer(whole, dtype=np.uint64)])
+            owners = np.concatenate([owners, np.array([number for number, _ in short])])
+        order = np.lexsort((hashes, owners))
+        hashes, owners = hashes[order], owners[order]
+        first = np.ones(len(hashes), dtype=bool)
+        first[1:] = (hashes[1:] != hashes[:-1]) | (owners[1:] != owners[:-1])
+        self._hashes.append(hashes[first])
+        self._owners.append(owners[first].astype(np.int32))
+
+    def close(self, number: int) -> None:
+        """Put the sets of documents 0 to ``number`` in order; one that was not added is empty."""
+        if not self._hashes:
+            self.flat, self.edges = np.zeros(0, np.uint64), np.zeros(number + 1, np.int64)
+            return
+        owners = np.concatenate(self._owners)
+        order = np.argsort(owners, kind="stable")
+        self.flat = np.concatenate(self._hashes)[order]
+        self._hashes, self._owners = [], []
+        self.edges = np.searchsorted(owners[order], np.arange(number + 1))
+
+    def of(self, document: int) -> np.ndarray:
+        """The sorted hashes of one."""
+        return self.flat[self.edges[document] : self.edges[document + 1]]
+
+
+def survivors(keys: np.ndarray, sets: ShingleSets, threshold: float) -> dict[int, tuple[int, float]]:
     """Map each near duplicate to (its survivor, their Jaccard similarity >= ``threshold``).
 
-    ``order`` lists document indices, the preferred survivors first; ``keys`` is [documents, bands] of ``band_keys``.
+    Documents are numbered in the order of preference, the preferred survivors first; ``keys`` is [documents, bands] of
+    ``band_keys``.
     """
-    buckets: list[dict[int, list[int]]] = [defaultdict(list) for _ in range(keys.shape[1])]
-    kept: dict[int, set[str]] = {}
-    ranks: dict[int, int] = {}
+    sizes = np.diff(sets.edges)
+    members: dict[int, list[int]] = defaultdict(list)
     duplicate_of: dict[int, tuple[int, float]] = {}
-    for rank, document in enumerate(order):
-        own = shingles_of(document)
-        row = keys[document].tolist()
-        candidates = {other for bucket, key in zip(buckets, row, strict=True) for other in bucket.get(key, ())}
-        best, best_rank = 0.0, rank
-        for other in candidates:
-            sizes = len(own), len(kept[other])
-            if min(sizes) < threshold * max(sizes):  # the similarity cannot be higher than the ratio of sizes
-                continue
-            similarity = jaccard(own, kept[other])
-            if (similarity, -ranks[other]) > (best, -best_rank):
-                best, best_rank, survivor = similarity, ranks[other], other
-        if best >= threshold:
-            duplicate_of[document] = (survivor, best)
-            continue
-        kept[document], ranks[document] = own, rank
-        for bucket, key in zip(buckets, row, strict=True):
-            bucket[key].append(document)
+    for document, row in enumerate(shared_buckets(keys)):
+        buckets = row[row >= 0].tolist()
+        candidates = {other for bucket in buckets for other in members.get(bucket, ())}
+        if candidates:
+            others = np.fromiter(candidates, dtype=np.int64, count=len(candidates))
+            own = int(sizes[document])
+            # The similarity cannot be higher than the ratio of the sizes.
+            close = np.minimum(sizes[others], own) >= threshold * np.maximum(np.maximum(sizes[others], own), 1)
+            others = others[close]
+            if len(others) and own:
+                similarity = _similarities(sets.of(document), [sets.of(other) for other in others.tolist()])
+                best = float(similarity.max())
+                if best >= threshold:
+                    duplicate_of[document] = (int(others[similarity == best].min()), best)
+                    continue
+        for bucket in buckets:
+            members[bucket].append(document)
     return duplicate_of
+
+
+def _similarities(own: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
+    """Jaccard similarity of one set with each of several, none of them empty."""
+    sizes = np.array([len(other) for other in others])
+    joined = np.concatenate(others)
+    place = np.searchsorted(own, joined)
+    place[place == len(own)] = 0
+    shared = np.add.reduceat(own[place] == joined, np.concatenate([[0], np.cumsum(sizes)[:-1]]), dtype=np.int64)
+    similarities: np.ndarray = shared / (sizes + len(own) - shared)
+    return similarities

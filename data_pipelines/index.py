@@ -46,12 +46,11 @@ class Index:
         """Join what was gathered, and choose among rows with one id."""
         if not self.rows:
             return
-        joined = {name: np.concatenate(parts) for name, parts in self._parts.items()}
-        self._parts = {}
-        order = np.lexsort((joined["content"], joined["ids"]))
+        order = np.lexsort((np.concatenate(self._parts["content"]), np.concatenate(self._parts["ids"])))
         self.places = np.empty_like(order)
         self.places[order] = np.arange(len(order))
-        joined = {name: values[order] for name, values in joined.items()}
+        # One after the other, so that hardly more than the arrays themselves is in memory.
+        joined = {name: np.concatenate(self._parts.pop(name))[order] for name in list(self._parts)}
         self.ids, self.hashes, self.bands = joined["ids"], joined["hashes"], joined["bands"]
         self.characters, self.content, self.split = joined["characters"], joined["content"], joined["split"]
         self.prompts, self.answers = joined["prompt_hash"], joined["answer_hash"]

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines import duplicates
-from data_pipelines.duplicates import BANDS, jaccard, shares_bucket, survivors, words_of
+from data_pipelines.duplicates import BANDS, ShingleSets, jaccard, shares_bucket, survivors, words_of
 
 VOCABULARY = [f"word{i}" for i in range(400)]
 
@@ -41,10 +41,28 @@ def corpus(seed: int, families: int = 12) -> list[str]:
 
 def decide(texts: list[str], keys: np.ndarray, threshold: float) -> dict[str, str]:
     """Each near duplicate's survivor, as texts."""
-    sets = [shingles(text) for text in texts]
     order = sorted(range(len(texts)), key=lambda i: (-len(texts[i]), texts[i]))
-    found = survivors(order, keys, lambda i: sets[i], threshold)
-    return {texts[i]: texts[survivor] for i, (survivor, _) in found.items()}
+    sets = ShingleSets()
+    for some in (order[::2], order[1::2]):
+        sets.add(np.array([order.index(i) for i in some]), [words_of(texts[i]) for i in some])
+    sets.close(len(texts))
+    found = survivors(keys[order], sets, threshold)
+    for i, (survivor, similarity) in found.items():
+        assert similarity == jaccard(shingles(texts[order[i]]), shingles(texts[order[survivor]]))
+    return {texts[order[i]]: texts[order[survivor]] for i, (survivor, _) in found.items()}
+
+
+def greedy(texts: list[str], threshold: float) -> dict[str, str]:
+    """The same by comparing all pairs, the longest first."""
+    kept: list[str] = []
+    found = {}
+    for text in sorted(texts, key=lambda text: (-len(text), text)):
+        best = max(kept, key=lambda other: jaccard(shingles(other), shingles(text)), default="")
+        if best and jaccard(shingles(best), shingles(text)) >= threshold:
+            found[text] = best
+        else:
+            kept.append(text)
+    return found
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -52,7 +70,7 @@ def decide(texts: list[str], keys: np.ndarray, threshold: float) -> dict[str, st
 def test_buckets_find_what_brute_force_finds(seed: int) -> None:
     texts = sorted(set(corpus(seed)))
     everyone_together = np.zeros((len(texts), 1), dtype=np.uint64)
-    assert decide(texts, band_keys(texts), 0.8) == decide(texts, everyone_together, 0.8)
+    assert decide(texts, band_keys(texts), 0.8) == decide(texts, everyone_together, 0.8) == greedy(texts, 0.8)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -83,6 +101,17 @@ def test_shingles_of_short_texts_are_the_text() -> None:
     assert shingles("One, two!") == {"one two"}
     assert shingles("...") == set()
     assert shingles("a b c d") == {"a b c", "b c d"}
+
+
+def test_sets_of_hashes_are_the_sets_of_shingles() -> None:
+    texts = ["a b c d a b c", "one two", "", "ONE, two!", "solo", "a b c"]
+    sets = ShingleSets()
+    sets.add(np.array([5, 1, 4]), [words_of(texts[i]) for i in (5, 1, 4)])
+    sets.add(np.array([0, 3]), [words_of(texts[i]) for i in (0, 3)])
+    sets.close(len(texts))
+    found = [set(sets.of(i).tolist()) for i in range(len(texts))]
+    assert [len(each) for each in found] == [len(shingles(text)) for text in texts]
+    assert found[1] == found[3] and found[5] < found[0] and not found[1] & found[4]
 
 
 def test_normal_hash_ignores_case_and_spacing_only() -> None:
