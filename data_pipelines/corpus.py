@@ -25,6 +25,8 @@ from data_pipelines.version import Version
 
 SHARDS = 16
 LARGEST = 10
+SPOOL_ROWS = 2048
+"""Rows of a row group of a spooled shard."""
 READ_ROWS = 8192
 """Rows of a spooled shard that are looked at together."""
 SAME_ROW = "the same row twice"
@@ -61,6 +63,7 @@ class Corpus:
         self._partial = documents.with_name(".documents.partial")
         self._spool = documents.with_name(".documents.spool")
         self._writers: dict[tuple[str, int], pq.ParquetWriter] = {}
+        self._waiting: dict[tuple[str, int], list[pa.Table]] = {}
         self._duplicates: dict[str, tuple[str, str, float]] = {}
         self._conflicts: dict[str, int] = {}
         self._holds: dict[str, tuple[str, str]] = {}
@@ -113,10 +116,27 @@ class Corpus:
             self.personal[kind] += int(np.sum(good[f"{kind}s"].to_numpy()))
         rows = good.drop_columns([name for name in INNER if name in good.column_names])
         shard = np.array([shard_of(name) for name in good["id"].to_pylist()])
-        for number in np.unique(shard).tolist():
-            self._writer(good["split"][0].as_py(), number, rows.schema).write_table(
-                rows.filter(pa.array(shard == number))
-            )
+        order = np.argsort(shard, kind="stable")
+        numbers, firsts = np.unique(shard[order], return_index=True)
+        rows = rows.take(pa.array(order))
+        split = good["split"][0].as_py()
+        for number, first, end in zip(
+            numbers.tolist(), firsts.tolist(), [*firsts.tolist()[1:], len(order)], strict=True
+        ):
+            self._spool_rows(split, number, rows.slice(first, end - first))
+
+    def _spool_rows(self, split: str, shard: int, rows: pa.Table) -> None:
+        """Write the rows with those that came before: a row group of some hundred rows costs as much as one of
+        thousands."""
+        waiting = self._waiting.setdefault((split, shard), [])
+        waiting.append(rows)
+        if sum(table.num_rows for table in waiting) >= SPOOL_ROWS:
+            self._flush(split, shard)
+
+    def _flush(self, split: str, shard: int) -> None:
+        if waiting := self._waiting.pop((split, shard), []):
+            rows = pa.concat_tables(waiting, promote_options="default").combine_chunks()
+            self._writer(split, shard, rows.schema).write_table(rows)
 
     def evaluation_hashes(self) -> np.ndarray:
         """The n-gram hashes of the evaluation rows so far, sorted, each once."""
@@ -126,6 +146,8 @@ class Corpus:
     def compare(self, threshold: float, evaluation: Collection[str] = ()) -> None:
         """Decide within each split which documents survive (of each set of equals the longest, the smaller id between
         equals), and find what of the ``evaluation`` splits is in the others."""
+        for split, shard in list(self._waiting):
+            self._flush(split, shard)
         for writer in self._writers.values():
             writer.close()
         if not self.rows:

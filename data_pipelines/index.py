@@ -35,8 +35,8 @@ class Index:
         self._take("split", np.full(batch.num_rows, self.splits.index(split), dtype=np.uint16))
         exchange = "prompt_hash" in batch.column_names
         for name in ("prompt_hash", "answer_hash"):
-            values = batch[name].to_pylist() if exchange else [bytes(16)] * batch.num_rows
-            self._take(name, np.array(values, dtype="V16"))
+            given = np.array(batch[name].to_pylist(), dtype="V16") if exchange else np.zeros(batch.num_rows, "V16")
+            self._take(name, given)
         self.rows += batch.num_rows
 
     def _take(self, name: str, values: np.ndarray) -> None:
@@ -70,11 +70,10 @@ def conflicting(index: Index) -> dict[str, int]:
     """How many other answers there are to the same question, by id, for exchanges that have any; the same answer given
     twice is a duplicate and no conflict."""
     asked: dict[bytes, dict[bytes, list[int]]] = {}
-    nothing = bytes(16)
-    for place in np.flatnonzero(index.alive).tolist():
+    exchanges = np.ascontiguousarray(index.prompts).view(np.uint64).reshape(-1, 2).any(axis=1)
+    for place in np.flatnonzero(index.alive & exchanges).tolist():
         prompt = index.prompts[place].tobytes()
-        if prompt != nothing:
-            asked.setdefault(prompt, {}).setdefault(index.answers[place].tobytes(), []).append(place)
+        asked.setdefault(prompt, {}).setdefault(index.answers[place].tobytes(), []).append(place)
     return {
         index.name(place): len(answers) - 1
         for answers in asked.values()
