@@ -24,7 +24,7 @@ from workbench.runs import Run, Summary
 if TYPE_CHECKING:
     from data_pipelines.embedding import ModelPlace, Recipe
 
-MEASURED_FROM = 1_000
+MEASURED_FROM = 10_000
 """For fewer documents it is not worth finding out which number type is faster."""
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,12 +15,11 @@ from data_pipelines.encoder import DType, Encoder
 from data_pipelines.selection import contents, normal_rows, row_id
 
 if TYPE_CHECKING:
-    from data_pipelines.sink import Progress  # noqa: F401
+    from data_pipelines.sink import MilvusDatasink
 
 LEAST_COSINE = 0.999
 """What bfloat16 vectors must have with those of float32, text by text, to be taken for them."""
 LEAST_GAIN = 1.1
-ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ModelPlace:
 
 
 class Embedder:
-    """A worker: from a batch of documents to the rows of ``sink.COLUMNS``. ``progress`` is told of texts cut short."""
+    """From a batch of documents to the rows of ``sink.COLUMNS``. ``progress`` is told of texts cut short."""
 
     def __init__(self, place: ModelPlace, recipe: Recipe, progress: Any) -> None:
         self._recipe, self._progress, self._batch_size = recipe, progress, place.batch_size
@@ -99,6 +99,23 @@ class Embedder:
         return found
 
 
+class EmbedIntoMilvus(Embedder):
+    """A worker that hands its rows to ``sink``: ``step`` documents are written while the next are embedded, and a batch
+    is done when Milvus has all of it."""
+
+    def __init__(self, sink: "MilvusDatasink", step: int, **options: Any) -> None:
+        super().__init__(**options)
+        self._sink, self._step = sink, step
+        self._writer = ThreadPoolExecutor(1, "milvus")
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        writes = []
+        for start in range(0, batch.num_rows, self._step):
+            rows = super().__call__(batch.slice(start, self._step))
+            writes.append(self._writer.submit(self._sink.write, [rows], None))
+        return pa.table({"rows": [write.result() for write in writes]})
+
+
 @dataclass(frozen=True)
 class DTypeChoice:
     """What was measured on a sample: seconds by number type, and the least cosine of a text's two vectors."""
@@ -113,8 +130,8 @@ class DTypeChoice:
         return "bfloat16" if faster and self.cosine >= LEAST_COSINE else "float32"
 
     def __str__(self) -> str:
-        gain = self.seconds["float32"] / self.seconds["bfloat16"]
-        return f"{self.dtype}: bfloat16 takes 1/{gain:.2f} of float32's time here, least cosine {self.cosine:.5f}"
+        ratio = self.seconds["bfloat16"] / self.seconds["float32"]
+        return f"{self.dtype}: bfloat16 takes {ratio:.2f} times as long as float32 here, least cosine {self.cosine:.5f}"
 
 
 @ray.remote
@@ -126,11 +143,8 @@ def compare_dtypes(place: ModelPlace, texts: list[str], max_tokens: int) -> DTyp
     for name in names:
         encoder = Encoder(place.folder, dtype=name, max_tokens=max_tokens, threads=place.threads, device=place.device)
         encoder.encode(texts[:4])
-        times = []
-        for _ in range(ROUNDS):
-            began = time.perf_counter()
-            vectors[name] = encoder.encode(texts, place.batch_size)
-            times.append(time.perf_counter() - began)
-        seconds[name] = min(times)
+        began = time.perf_counter()
+        vectors[name] = encoder.encode(texts, place.batch_size)
+        seconds[name] = time.perf_counter() - began
     cosines = (vectors["float32"] * vectors["bfloat16"]).sum(axis=1)
     return DTypeChoice(seconds, float(cosines.min()))

@@ -4,7 +4,7 @@ A word is a 64-bit hash that is the same in every process; an n-gram's is rolled
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -58,6 +58,18 @@ class Words:
         """The sum of ``values`` (one a word) over each text."""
         sums = np.concatenate([[0.0], np.cumsum(values)])
         return sums[self.starts + self.counts] - sums[self.starts]
+
+    def rolling(self, most: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(n, hashes, positions) of the n-grams from 1 to ``most``, each n from the one before."""
+        words = self.vocabulary_hashes[self.codes] if len(self.codes) else np.zeros(0, np.uint64)
+        at = np.arange(len(self.codes))
+        rolled = np.zeros(len(at), dtype=np.uint64)
+        for n in range(1, most + 1):
+            within = self.left[at] >= n
+            at = at[within]
+            rolled = (rolled[within] ^ words[at + (n - 1)]) * MULTIPLIER
+            rolled ^= rolled >> np.uint64(29)
+            yield n, rolled, at
 
     def hashes(self, n: int) -> tuple[np.ndarray, np.ndarray]:
         """(hash of the n-gram, position of its first word) of every n-gram that lies within one text."""

@@ -1,6 +1,7 @@
-"""The Ray Data pipeline of ``data embed``: read chosen rows, embed them in a pool of workers, write them by our sink.
+"""The Ray Data pipeline of ``data embed``: read chosen rows; embed and write them in a pool of workers.
 
-What is in flight is bounded: where Milvus is slow, Ray stops embedding once ``IN_FLIGHT_BYTES`` wait to be written.
+The workers write through our sink themselves. As a step of its own, its tasks would each start a process, for Ray ends
+one that has been idle for a second; and a worker that waits for its own write is all the back pressure that is needed.
 """
 
 import threading
@@ -12,13 +13,13 @@ import numpy as np
 import plotly.graph_objects as go
 import pyarrow.dataset as ds
 import ray
-from ray.data import ActorPoolStrategy, ExecutionResources, TaskPoolStrategy
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
 from ray.exceptions import RayError
 
 from cluster.placement import Placement
 from data_pipelines.chosen import ChosenRows
 from data_pipelines.collection import Collection
-from data_pipelines.embedding import Embedder, ModelPlace
+from data_pipelines.embedding import EmbedIntoMilvus, ModelPlace
 from data_pipelines.owner import root_cause
 from data_pipelines.selection import Wanted
 from data_pipelines.sink import MilvusDatasink, Progress
@@ -29,7 +30,6 @@ from workbench.runs import Run
 if TYPE_CHECKING:
     from data_pipelines.embed import EmbedConfig
 
-IN_FLIGHT_BYTES = 256 << 20
 SPEAK_SECONDS = 2.0
 
 
@@ -56,27 +56,36 @@ def embed_into(
     sink = MilvusDatasink(
         config.uri, collection, environment("MILVUS_TOKEN") or "", patience=config.patience, progress=progress
     )
+    # Two writes a batch where there are many, so that one is under way while the model works on the next.
+    writes = 2 if len(todo) > 8 * config.workers * config.batch_size else 1
+    rows = writes * config.batch_size
     dataset = (
         # Reading is nothing beside embedding, and must not wait for the CPUs that the workers hold.
         ray.data.read_datasource(
             source, override_num_blocks=source.tasks, num_cpus=0, compute=TaskPoolStrategy(size=config.workers)
         ).map_batches(
-            Embedder,
-            fn_constructor_kwargs={"place": place, "recipe": config.recipe(), "progress": progress},
-            batch_size=config.batch_size,
+            EmbedIntoMilvus,
+            fn_constructor_kwargs={
+                "sink": sink,
+                "step": config.batch_size,
+                "place": place,
+                "recipe": config.recipe(),
+                "progress": progress,
+            },
+            batch_size=rows,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=min(config.workers, -(-len(todo) // config.batch_size))),
+            compute=ActorPoolStrategy(size=min(config.workers, -(-len(todo) // rows))),
             num_cpus=placement.num_cpus,
             num_gpus=placement.num_gpus,
             **placement.data_options(),
         )
     )
     # A worker's rows come out when its block is done: a block that is read is about one batch.
-    dataset.context.target_max_block_size = config.batch_size * wanted.row_bytes
-    dataset.context.execution_options.resource_limits = ExecutionResources(object_store_memory=IN_FLIGHT_BYTES)
+    dataset.context.target_max_block_size = rows * wanted.row_bytes
     watch = _Watch(progress, len(todo), run)
     try:
-        dataset.write_datasink(sink, ray_remote_args={"num_cpus": 0}, concurrency=config.workers)
+        for _ in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            pass
     except RayError as error:
         raise root_cause(error) from None
     finally:

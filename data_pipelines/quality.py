@@ -6,6 +6,7 @@ text to look at, and ``data filter`` removes only what it is told to.
 """
 
 import functools
+import re
 import unicodedata
 import zlib
 from collections import Counter
@@ -28,6 +29,8 @@ BOILERPLATE = (
     "click here to", "follow us on", "share on facebook", "powered by wordpress", "skip to content", "page not found",
     "under the apache license", "permission is hereby granted, free of charge", "without warranty of any kind",
 )  # fmt: skip
+BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
+AROUND = 8
 SAMPLED_LETTERS = 400
 """How many letters beyond ASCII are looked at to tell a text's script."""
 
@@ -152,7 +155,21 @@ def mojibake(text: str) -> int:
         return 0
     from ftfy.badness import badness
 
-    return int(badness(text)) + text.count("\ufffd")
+    return int(badness(_beyond_ascii(text))) + text.count("\ufffd")
+
+
+def _beyond_ascii(text: str) -> str:
+    """The parts of ``text`` with characters beyond ASCII and what is around them: every sign of mojibake has one, and
+    is shorter than ``AROUND``."""
+    parts: list[str] = []
+    start = end = 0
+    for match in BEYOND_ASCII.finditer(text):
+        if match.start() - AROUND > end:
+            parts.append(text[start:end])
+            start = match.start() - AROUND
+        end = match.end() + AROUND
+    parts.append(text[start:end])
+    return "".join(parts)
 
 
 def script(text: str) -> str:

@@ -28,8 +28,9 @@ def repetition(words: Words, characters: np.ndarray) -> dict[str, np.ndarray]:
     reach = np.concatenate([[0.0], np.cumsum(lengths)])
     whole = np.maximum(characters, 1)
     shares: dict[str, np.ndarray] = {}
-    for n in (*TOP, *REPEATED):
-        hashes, at = words.hashes(n)
+    for n, hashes, at in words.rolling(max(REPEATED)):
+        if n not in TOP and n not in REPEATED:
+            continue
         size = np.minimum(reach[at + n] - reach[at] - 1, 1023).astype(np.uint64)
         # Text first, so that one sort brings equal n-grams of a text together; equal n-grams are of equal length.
         owner = words.owners[at].astype(np.uint64)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.dataset as ds
 
-SAMPLE = 64
+SAMPLE = 32
 ROW_BYTES = 150
 
 

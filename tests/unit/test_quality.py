@@ -2,6 +2,9 @@
 
 import numpy as np
 import pytest
+from ftfy.badness import badness
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_pipelines.duplicates import words_of
 from data_pipelines.ngrams import Words
@@ -79,3 +82,15 @@ def test_compression_and_boilerplate() -> None:
 def test_a_batch_without_words() -> None:
     found = quality([""], [[]], Words.of([[]]), ngrams=True)
     assert np.isfinite(found["top_2gram"]).all()
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    st.lists(
+        st.sampled_from([*"aZ ÃÂÄà©€™‚ГВ°\xa0œ“”\n.", "plain words in between", "â€œ", "Ã©", "ГўВЂВ™s", "Â "]),
+        max_size=30,
+    )
+)
+def test_mojibake_is_what_ftfy_counts_in_the_whole_text(parts: list[str]) -> None:
+    text = "".join(parts)
+    assert mojibake(text) == badness(text)
