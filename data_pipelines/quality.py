@@ -31,6 +31,7 @@ BOILERPLATE = (
 )  # fmt: skip
 BEYOND_ASCII = re.compile(r"[^\x00-\x7f]+")
 AROUND = 8
+NO_LETTERS = bytes(byte for byte in range(256) if not chr(byte).isalpha() or byte > 127)
 SAMPLED_LETTERS = 400
 """How many letters beyond ASCII are looked at to tell a text's script."""
 
@@ -177,8 +178,8 @@ def script(text: str) -> str:
     "none" where there are no letters."""
     if text.isascii():
         return "Latin" if any(map(str.isalpha, text)) else "none"
-    beyond = [c for c in text if c > "\x7f" and c.isalpha()]
-    latin = sum(map(str.isalpha, text)) - len(beyond)
+    beyond = [c for run in BEYOND_ASCII.findall(text) for c in run if c.isalpha()]
+    latin = len(text.encode("ascii", "ignore").translate(None, NO_LETTERS))
     sampled = Counter(_script_of(c) for c in beyond[:SAMPLED_LETTERS])
     scale = len(beyond) / max(1, sum(sampled.values()))
     counts = {name: number * scale for name, number in sampled.items()}

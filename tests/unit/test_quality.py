@@ -87,7 +87,7 @@ def test_a_batch_without_words() -> None:
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(
     st.lists(
-        st.sampled_from([*"aZ ÃÂÄà©€™‚ГВ°\xa0œ“”\n.", "plain words in between", "â€œ", "Ã©", "ГўВЂВ™s", "Â "]),
+        st.sampled_from([*"aZ ÃÂÄà©€™ГВ°\xa0œ“”\n.", "plain words in between", "â€œ", "Ã©", "ГўВЂВ™s", "Â "]),
         max_size=30,
     )
 )
