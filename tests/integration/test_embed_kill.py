@@ -109,7 +109,7 @@ def test_killed_worker_and_owner(documents: Path, undisturbed: dict[str, tuple[i
     """A run survives the death of an embedding worker and of the actor that has the folder open."""
     process = start(documents, tmp_path)
     children = {" ".join(child.cmdline()): child for child in halfway(process)}
-    for title in ("Embedder", "ray::Owner"):
+    for title in ("MapBatches(Embed", "ray::Owner"):
         next(child for name, child in children.items() if title in name).kill()
     summary = finish(process)
     assert summary["missing"] == 0
@@ -124,7 +124,7 @@ def test_killed_at_random(
     """Workers, owner and at last the driver are killed at random moments; then it is begun again."""
     chance = dice("lite", number)
     process = start(documents, tmp_path)
-    moments = sorted((chance.uniform(0, 25), chance.choice(["Embedder", "ray::Owner"])) for _ in range(2))
+    moments = sorted((chance.uniform(0, 25), chance.choice(["MapBatches(Embed", "ray::Owner"])) for _ in range(2))
     print("kills:", moments)
     began = time.monotonic()
     for moment, title in [*moments, (chance.uniform(5, 35), "driver")]:

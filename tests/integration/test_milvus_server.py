@@ -72,7 +72,7 @@ class Embedding:
 
     def workers(self) -> list[psutil.Process]:
         """The embedding workers that are alive."""
-        return found(self.process.pid, "Embedder")
+        return found(self.process.pid, "MapBatches(Embed")
 
     def await_workers(self) -> None:
         """Wait for the first embedding worker, or the end of the run."""
