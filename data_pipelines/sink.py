@@ -61,7 +61,7 @@ class MilvusDatasink(Datasink[int]):
 @functools.lru_cache(maxsize=1)
 def _store(uri: str, token: str, patience: float) -> Store:
     """The server that this process writes to, which the tasks after the first find open."""
-    return Store(uri, token, patience=patience)
+    return Store(uri, token, wait=patience, patience=patience)
 
 
 def documents_ended(table: pa.Table) -> int:

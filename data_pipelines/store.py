@@ -27,6 +27,7 @@ WRITE_BYTES = 8 << 20
 """What one call writes at most; a server takes no message above 64 MiB."""
 INDEX_SECONDS = 3_600
 CALL_SECONDS = 60
+CONNECT_SECONDS = 20
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
 HIT_FIELDS = ["document", "position", "title", "source", "text", "metadata"]
 
@@ -70,23 +71,30 @@ def check_place(uri: str) -> None:
 class Store:
     """An open Milvus. Close it, or a Lite folder stays locked until the process ends.
 
-    Raises UserError when a Lite folder is still held by another process after ``wait`` seconds, or when no server
-    answers. What a server does not do, searches excepted, is tried again for ``patience`` seconds, then a Failure.
+    Raises UserError when a Lite folder is still held by another process, or no server answers, after ``wait`` seconds.
+    What a server does not do, searches excepted, is tried again for ``patience`` seconds; then Failure is raised.
     """
 
     def __init__(self, uri: str, token: str = "", wait: float = 0, patience: float = 0) -> None:
-        from pymilvus import MilvusClient, MilvusException
-
         logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
         self.uri = uri
         self._patience = patience
         self._lite = None if is_server(uri) else LiteFolder(Path(uri), wait)
         self._made: set[str] = set()
         self._loaded: set[str] = set()
-        try:
-            self._client = MilvusClient(uri=self._lite.address if self._lite else uri, token=token, timeout=20)
-        except MilvusException as error:
-            raise UserError(f"uri: no Milvus server answers at {uri}: {error.message}") from None
+        self._client = self._connect(self._lite.address if self._lite else uri, token, wait)
+
+    def _connect(self, address: str, token: str, wait: float) -> Any:
+        from pymilvus import MilvusClient, MilvusException
+
+        deadline = time.monotonic() + wait
+        while True:
+            try:
+                return MilvusClient(uri=address, token=token, timeout=CONNECT_SECONDS)
+            except MilvusException as error:
+                if time.monotonic() > deadline:
+                    raise UserError(f"uri: no Milvus server answers at {self.uri}: {error.message}") from None
+            time.sleep(FIRST_PAUSE)
 
     def close(self) -> None:
         """Flush what was written and let the folder go; safe to call twice."""
@@ -98,7 +106,7 @@ class Store:
 
     def has_keywords(self) -> bool:
         """Whether this Milvus finds texts by their words: Milvus Lite, and servers from 2.5."""
-        version = self._client.get_server_version().removeprefix("v")
+        version = self._patiently(self._client.get_server_version).removeprefix("v")
         return self._lite is not None or tuple(map(int, version.split("-")[0].split(".")[:2])) >= (2, 5)
 
     def collection(self, name: str) -> Collection | None:

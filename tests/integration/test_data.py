@@ -17,6 +17,7 @@ from data_pipelines.audit import AuditConfig
 from data_pipelines.collection import Collection
 from data_pipelines.embed import EmbedConfig
 from data_pipelines.search import search
+from data_pipelines.sink import MilvusDatasink
 from data_pipelines.store import Store
 from workbench.cli import main
 from workbench.config import Config
@@ -176,6 +177,29 @@ def test_a_long_document_is_several_rows_which_change_with_it(documents: Path, t
     assert [hit.document for hit in search("birds", uri, where='metadata["language"] == "de"')] == ["short#1"]
     cut = run(long_texts="cut")
     assert (cut["embedded"], cut["cut"], cut["rows"]) == (2, 1, 2)
+
+
+def test_the_sink_ends_any_pipeline(tmp_path: Path, ray_session: None) -> None:
+    uri = str(tmp_path / "m.db")
+
+    def rows(batch: dict[str, Any]) -> pa.Table:
+        size = len(batch["id"])
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array([1.0, 0.0] * size, pa.float32()), 2)
+        same = {name: [""] * size for name in ("title", "source")} | {"metadata": ["{}"] * size}
+        ids = {"id": [f"{n}#0" for n in batch["id"]], "document": [str(n) for n in batch["id"]]}
+        numbers = {"position": [0] * size, "chunks": [1] * size, "content": batch["id"]}
+        return pa.table({**ids, **numbers, **same, "text": ["x"] * size, "vector": vectors})
+
+    holder = owner.hold(uri)
+    try:
+        for _ in range(2):  # a second time changes nothing
+            dataset = ray.data.range(20).map_batches(rows, batch_size=5)
+            dataset.write_datasink(
+                MilvusDatasink(uri, Collection("documents", "mine")), ray_remote_args={"num_cpus": 0}
+            )
+    finally:
+        owner.release(holder)
+    assert rows_of(uri) == {f"{n}#0": (n, 1) for n in range(20)}
 
 
 def test_an_id_that_names_two_documents_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
