@@ -2,13 +2,14 @@
 # make test   installs what the tests need and runs lint, types and tests
 # make lab    runs the tests on several hosts in namespaces, 20 to 30 minutes on two cores; needs root and Debian packages
 # make soak   kills embedding runs and a Milvus server at random, ROUNDS=10 times each, from KILL_SEED if that is given
+# make bench-data  audits real text of ROWS=500000 documents: memory, what was found, and the time beside other tools
 # Variables of install.sh: PYTHON, EXTRA=cpu|cuda|none, TORCH_INDEX. Demo: ARGS="--fresh".
 
 # The environment's interpreter by a path without spaces, which Ray needs.
 RUN = "$$(.venv/bin/python workbench/interpreter.py)" -m
 export PYTHON EXTRA TORCH_INDEX
 
-.PHONY: demo test lab soak install lint clean
+.PHONY: demo test lab soak bench-data install lint clean
 
 ifneq ($(EXTRA),)
 ifneq ($(EXTRA),$(shell cat .venv/extra 2>/dev/null))
@@ -30,6 +31,11 @@ lab: .venv/installed-dev
 soak: .venv/installed-dev
 	KILL_ROUNDS=$(or $(ROUNDS),10) $(RUN) pytest tests/integration/test_milvus_server.py \
 	    tests/integration/test_embed_kill.py $(ARGS)
+
+bench-data: ROWS ?= 500000
+bench-data: .venv/installed
+	$(RUN) benchmarks.audit_size --rows $(ROWS) --folder runs/bench-data --append docs/benchmarks.md
+	$(RUN) benchmarks.audit_peers --corpus runs/bench-data/corpus-$(ROWS) --append docs/benchmarks.md
 
 lint: .venv/installed-dev
 	$(RUN) ruff check .

@@ -24,6 +24,7 @@ import yaml
 from benchmarks.machine import heading, table, write_down
 from workbench.config import CHECKOUT, runs_root
 from workbench.errors import Failure
+from workbench.files import read_json, write_json
 
 CORES = 2
 ENVIRONMENTS = {
@@ -137,6 +138,7 @@ def main(
     rows: Annotated[int, typer.Option(help="how many documents of it, rounded up to whole files")] = 50_000,
     repeats: Annotated[int, typer.Option(help="rounds, each side once in each")] = 3,
     folder: Annotated[Path | None, typer.Option(help="where environments and outputs stay")] = None,
+    resume: Annotated[bool, typer.Option(help="count the rounds of earlier calls, too")] = False,
     append: Annotated[Path | None, typer.Option(help="also append the result to this Markdown file")] = None,
 ) -> None:
     """Measure in turn, and print documents per second with the ratio of ours."""
@@ -150,7 +152,9 @@ def main(
             sides[name] = (peer, environment(name, folder / "environments"))
         except Failure as failure:
             lacking.append(str(failure))
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    kept = folder / "seconds.json"
+    earlier = read_json(kept) if resume and kept.exists() else {}
+    seconds: dict[str, list[float]] = {name: earlier.get(name, []) for name in sides}
     for turn in range(repeats):
         for name, (audit, interpreter) in list(sides.items()):
             out = folder / "out" / name
@@ -163,6 +167,7 @@ def main(
                 del sides[name], seconds[name]
                 continue
             seconds[name].append(time.monotonic() - began)
+            write_json(kept, seconds)
             print(f"round {turn + 1}: {name} {seconds[name][-1]:.1f} s", flush=True)
     counted = {"workbench": removed_by_ours, "datatrove": removed_by_datatrove, "data-juicer": removed_by_juicer}
     lines: list[dict[str, Any]] = []
@@ -180,7 +185,7 @@ def main(
             }
         )
     text = heading("The audit beside datatrove and Data-Juicer", ["ray", "pyarrow", "rensa"])
-    text += f"\n{rows:,} documents, {CORES} processes each, whole commands in turn, {repeats} rounds.\n\n{table(lines)}"
+    text += f"\n{rows:,} documents, {CORES} processes each, whole commands in turn, {len(seconds['workbench'])} rounds.\n\n{table(lines)}"
     text += "".join(f"\nNot measured: {why}\n" for why in lacking)
     write_down(text, append)
 

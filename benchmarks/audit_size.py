@@ -9,9 +9,12 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import typer
 
 from benchmarks.corpus import build_from_packages
@@ -19,6 +22,7 @@ from benchmarks.machine import heading, table, write_down
 from benchmarks.planted import Score, score
 from benchmarks.process_tree import Peak, run_measured
 from workbench.config import CHECKOUT, runs_root
+from workbench.files import read_json, write_json
 
 STAGES = ("read_and_measure", "compare", "write")
 MOST_MEMORY = 6e9
@@ -74,11 +78,31 @@ def measure(rows: int, corpus: Path, folder: Path) -> tuple[dict[str, Any], list
     return row, scores
 
 
+def plan(measured: Sequence[Mapping[str, Any]], documents: int = 50_000_000) -> str:
+    """What ``documents`` would need by the figures of the smallest and the largest corpus: an estimate in words."""
+    small, large = measured[0], measured[-1]
+    rows = [int(row["documents"].replace(",", "")) for row in (small, large)]
+    cores = psutil.cpu_count() or 1
+    spread = large["read and measure, s"] * cores / rows[1] * documents / 3600
+    alone = (large["compare, s"] + large["write, s"]) / rows[1] * documents / 3600
+    text = f"\nEstimate for {documents:,} documents of this kind, from the largest corpus: reading and measuring\n"
+    text += (
+        f"{spread:.0f} core hours, which spread over a cluster's cores; comparing and writing {alone:.1f} hours in\n"
+    )
+    text += "one process, if they go on growing in proportion"
+    if rows[1] > rows[0]:
+        bytes_each = (large["peak PSS, GB"] - small["peak PSS, GB"]) * 1e9 / (rows[1] - rows[0])
+        text += f"; {bytes_each:.0f} bytes of memory a document between the smallest and the largest corpus, so\n"
+        text += f"{bytes_each * documents / 1e9:.0f} GB on the driver's machine"
+    return text + ".\n"
+
+
 def main(
     rows: Annotated[int, typer.Option(help="documents of the largest corpus")] = 500_000,
     folder: Annotated[Path | None, typer.Option(help="where corpora and runs stay")] = None,
     corpus: Annotated[Path | None, typer.Option(help="a corpus of these rows that is already built")] = None,
     largest_only: Annotated[bool, typer.Option(help="leave the smaller sizes out")] = False,
+    resume: Annotated[bool, typer.Option(help="take the sizes that an earlier call has measured")] = False,
     append: Annotated[Path | None, typer.Option(help="also append the result to this Markdown file")] = None,
 ) -> None:
     """Measure, print, and check what was found."""
@@ -89,7 +113,12 @@ def main(
     wrong: list[tuple[int, Score]] = []
     for size in [rows] if largest_only else [rows // 4, rows // 2, rows]:
         built = corpus if corpus and size == rows else corpus_of(size, folder, runs_root() / "cache" / "debian-docs")
-        row, scores = measure(size, built, folder)
+        kept = folder / f"result-{size}.json"
+        if resume and kept.exists():
+            row, scores = read_json(kept)["row"], [Score(**each) for each in read_json(kept)["scores"]]
+        else:
+            row, scores = measure(size, built, folder)
+            write_json(kept, {"row": row, "scores": [asdict(each) for each in scores]})
         measured.append(row)
         wrong += [(size, each) for each in scores if not each.right]
     text = heading("The audit by size", ["ray", "pyarrow", "rensa", "py3langid"])
@@ -99,7 +128,7 @@ def main(
     text += "0.5 s: PSS shares out common pages, RSS counts them once a process.\n\n" + table(measured)
     text += f"\nPlanted into {rows:,} documents and found (beyond: said where there is none; natural: in the text as\n"
     text += "it was):\n\n" + table([each.line() for each in scores])
-    write_down(text, append)
+    write_down(text + plan(measured), append)
     for size, each in wrong:
         print(f"{size:,}: {each.fault}: missed {each.missed[:5]}, beyond {each.beyond[:5]}", file=sys.stderr)
     if float(measured[-1]["peak PSS, GB"]) * 1e9 > MOST_MEMORY:
