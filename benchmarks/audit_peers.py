@@ -185,7 +185,8 @@ def main(
             }
         )
     text = heading("The audit beside datatrove and Data-Juicer", ["ray", "pyarrow", "rensa"])
-    text += f"\n{rows:,} documents, {CORES} processes each, whole commands in turn, {len(seconds['workbench'])} rounds.\n\n{table(lines)}"
+    rounds = len(seconds["workbench"])
+    text += f"\n{rows:,} documents, {CORES} processes each, whole commands in turn, {rounds} rounds.\n\n{table(lines)}"
     text += "".join(f"\nNot measured: {why}\n" for why in lacking)
     write_down(text, append)
 
