@@ -29,7 +29,7 @@ PORT, HEALTH_PORT = 19530, 9091
 TOOLS = {"unshare": "util-linux", "nsenter": "util-linux", "setpriv": "util-linux", "ip": "iproute2"}
 PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 AS_ROOT = os.geteuid() == 0
-START_SECONDS = 180
+START_SECONDS, STOP_SECONDS = 180, 3
 
 AWAIT_HEALTH = """
 import http.client, sys, time
@@ -164,11 +164,11 @@ class MilvusServer:
         self._process.wait()
 
     def stop(self) -> None:
-        """End the server as an operator does, by SIGTERM, after 20 s by SIGKILL."""
+        """End the server by SIGTERM; by SIGKILL after some seconds, as its package does: it was never seen to end."""
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
             try:
-                self._process.wait(20)
+                self._process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 self.kill()
 
