@@ -6,7 +6,6 @@ ours also tells the language and mojibake, knows eight kinds of personal data wi
 near duplicates by their true similarity.
 """
 
-import json
 import os
 import shutil
 import statistics
@@ -29,7 +28,7 @@ from workbench.files import read_json, write_json
 CORES = 2
 ENVIRONMENTS = {
     "datatrove": ["datatrove[io,processing]==0.10.1", "spacy==3.8.18"],
-    "data-juicer": ["py-data-juicer==1.6.1", "scipy==1.17.1"],
+    "data-juicer": ["py-data-juicer==1.6.1", "scipy==1.17.1", "aiohttp==3.14.5"],
 }
 JUICER_FILTERS = (
     "alphanumeric_filter", "average_line_length_filter", "character_repetition_filter", "maximum_line_length_filter",
@@ -118,7 +117,7 @@ def execute(command: list[str], out: Path, own: Mapping[str, str] | None = None)
 
 def removed_by_ours(out: Path) -> int:
     """How many documents the audit would remove."""
-    summary = json.loads((out / "data-audit" / "latest" / "summary.json").read_text())
+    summary = read_json(max((out / "data-audit").iterdir()) / "summary.json")
     return int(summary["documents"] - summary["kept"])
 
 

@@ -49,7 +49,8 @@ def audit(corpus: Path, folder: Path, *arguments: str) -> tuple[Path, float, Pea
     command = [sys.executable, "-m", "workbench", "data", "audit", *given, *arguments]
     began = time.monotonic()
     peak = run_measured(command, environment, folder / f"{corpus.name}.log")
-    return (folder / "runs" / "data-audit" / "latest").resolve(), time.monotonic() - began, peak
+    seconds = time.monotonic() - began
+    return max((folder / "runs" / "data-audit").iterdir()), seconds, peak
 
 
 def stage_seconds(run: Path) -> dict[str, float]:
