@@ -263,7 +263,8 @@ class Corpus:
         """(places, texts) of these documents, some thousands at a time."""
         places = np.sort(places)
         ids, content = self.index.ids[places], self.index.content[places]
-        for file in sorted(self._spool.glob("*.parquet")) if len(places) else []:
+        splits = np.unique(self.index.split[places]).tolist()
+        for file in [file for split in splits for file in sorted(self._spool.glob(f"{split}-*.parquet"))]:
             with pq.ParquetFile(file) as parquet:
                 for batch in parquet.iter_batches(batch_size=READ_ROWS, columns=["id", "text", "content"]):
                     own = np.array([name.encode() for name in batch["id"].to_pylist()])
