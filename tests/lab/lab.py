@@ -10,6 +10,7 @@ A lab ends with the process that started it; what a killed one left is removed w
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import shutil
@@ -34,6 +35,7 @@ TOOLS = {
     "runsvdir": "runit", "gcc": "gcc", "nsenter": "util-linux", "unshare": "util-linux", "setpriv": "util-linux",
 }  # fmt: skip
 PR_SET_PDEATHSIG = 1
+NUMBERS = itertools.count()
 
 
 def missing() -> str:
@@ -66,7 +68,7 @@ class Lab:
     def start(cls, hosts: Mapping[str, list[Card]], *, stay: bool = False) -> "Lab":
         """Start ``hosts`` with their cards, and a laptop. With ``stay`` the lab outlives this process."""
         remove_stale()
-        lab = cls(STATE / str(os.getpid()))
+        lab = cls(STATE / f"{os.getpid()}-{next(NUMBERS)}")  # tests may have one for all and one of their own
         try:
             lab._start(hosts, stay)
         except BaseException:
@@ -195,7 +197,7 @@ def _alive(folder: Path) -> bool:
     try:
         owner = json.loads((folder / "owner").read_text())
     except FileNotFoundError:
-        return folder.name.isdigit() and Path(f"/proc/{folder.name}").exists()
+        return Path(f"/proc/{folder.name.partition('-')[0]}").exists()
     return _started(owner["pid"]) == owner["started"]
 
 

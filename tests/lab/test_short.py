@@ -76,7 +76,7 @@ def test_a_killed_lab_is_gone_and_the_next_start_removes_its_files(can_lab: None
     folder = Path(__file__).resolve().parents[1]
     killed = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(folder)})
     assert killed.wait(60) == -9
-    left = STATE / str(killed.pid)
+    left = STATE / f"{killed.pid}-0"
     assert left.exists()
     remove_stale()
     assert not left.exists()
