@@ -126,7 +126,7 @@ def main(
     text += (
         "\nOne run each, `workbench data audit` on a Ray of its own; memory of the whole process tree, sampled every\n"
     )
-    text += "0.5 s: PSS shares out common pages, RSS counts them once a process.\n\n" + table(measured)
+    text += "2 s: PSS shares out common pages, RSS counts them once a process.\n\n" + table(measured)
     text += f"\nPlanted into {rows:,} documents and found (beyond: said where there is none; natural: in the text as\n"
     text += "it was):\n\n" + table([each.line() for each in scores])
     write_down(text + plan(measured), append)

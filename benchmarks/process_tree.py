@@ -20,7 +20,7 @@ class Peak:
     largest: tuple[tuple[str, int], ...] = ()
 
 
-def run_measured(command: Sequence[str], environment: Mapping[str, str], output: Path, every: float = 0.5) -> Peak:
+def run_measured(command: Sequence[str], environment: Mapping[str, str], output: Path, every: float = 2) -> Peak:
     """Run ``command``, its output into ``output``, and sample the memory of its process tree. Raises
     CalledProcessError if it fails."""
     peak = Peak()
