@@ -14,7 +14,7 @@ WORDS = {
     "d3": ("Stars", "A telescope gathers the faint light of distant galaxies."),
     "d4": ("Loans", "Interest on a mortgage is paid to the bank every month."),
 }
-QUERIES = {"q1": "how do I bake bread?", "q2": "repair a puncture", "q3": "see far galaxies"}
+QUERIES = {"q1": "how do I bake bread?", "q2": "puncture repair", "q3": "see far galaxies"}
 ANSWERS = {"q1": "d1", "q2": "d2", "q3": "d3"}
 
 
@@ -75,7 +75,7 @@ def test_judged_queries(tmp_path: Path, small: list[str], capsys: pytest.Capture
     rows = {row["search"]: row for row in bench(capsys, *small, "rows=0", *judged)["judged"]}
     assert rows.keys() == {"exact", "dense", "BM25", "hybrid"}
     assert rows["dense"]["ndcg_at_10"] == rows["exact"]["ndcg_at_10"] == 1.0
-    assert rows["BM25"]["recall_at_10"] < 1.0  # "repair a puncture" shares no word with its answer
+    assert rows["BM25"]["recall_at_10"] < 1.0  # "puncture repair" shares no word with its answer
     assert rows["hybrid"]["recall_at_100"] == 1.0
 
 
