@@ -88,8 +88,7 @@ def shared_buckets(keys: np.ndarray) -> np.ndarray:
 class ShingleSets:
     """The shingles of documents as sorted 64-bit hashes, 8 bytes each: gather with ``add``, then ``close``."""
 
-    _hashes: list[np.ndarray] = field(default_factory=list)
-    _owners: list[np.ndarray] = field(default_factory=list)
+    _parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
 
     def add(self, documents: np.ndarray, texts: Sequence[list[str]]) -> None:
         """Take some documents, given by number and as their words; each once, in any order."""
@@ -105,19 +104,21 @@ class ShingleSets:
         hashes, owners = hashes[order], owners[order]
         first = np.ones(len(hashes), dtype=bool)
         first[1:] = (hashes[1:] != hashes[:-1]) | (owners[1:] != owners[:-1])
-        self._hashes.append(hashes[first])
-        self._owners.append(owners[first].astype(np.int32))
+        hashes, owners = hashes[first], owners[first]
+        begins = np.flatnonzero(np.concatenate([[True], owners[1:] != owners[:-1]])) if len(owners) else owners
+        self._parts.append((owners[begins], np.diff(np.append(begins, len(owners))), hashes))
 
     def close(self, number: int) -> None:
         """Put the sets of documents 0 to ``number`` in order; one that was not added is empty."""
-        if not self._hashes:
-            self.flat, self.edges = np.zeros(0, np.uint64), np.zeros(number + 1, np.int64)
-            return
-        owners = np.concatenate(self._owners)
-        order = np.argsort(owners, kind="stable")
-        self.flat = np.concatenate(self._hashes)[order]
-        self._hashes, self._owners = [], []
-        self.edges = np.searchsorted(owners[order], np.arange(number + 1))
+        sizes = np.zeros(number, dtype=np.int64)
+        for documents, counts, _ in self._parts:
+            sizes[documents] = counts
+        self.edges = np.concatenate([[0], np.cumsum(sizes)])
+        self.flat = np.empty(self.edges[-1], dtype=np.uint64)
+        while self._parts:  # each part is gone when it is copied
+            documents, counts, hashes = self._parts.pop()
+            shift = self.edges[documents] - (np.cumsum(counts) - counts)
+            self.flat[np.repeat(shift, counts) + np.arange(len(hashes))] = hashes
 
     def of(self, document: int) -> np.ndarray:
         """The sorted hashes of one."""
