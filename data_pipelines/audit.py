@@ -1,8 +1,8 @@
 """``workbench data audit configs/demo/audit.yaml``: count, measure and screen a set of documents.
 
-Reading and measuring stream through Ray Data; the driver holds about 300 bytes a document (hashes and buckets), and while
-it compares 8 bytes a shingle of those that share a bucket, never all the texts. Everything is ordered by document id, so
-the same input gives the same documents and the same summary however the blocks arrive.
+Reading and measuring stream through Ray Data; the driver holds about 300 bytes a document (hashes and buckets), and
+while it compares 8 bytes a shingle of those that share a bucket, never all the texts. Everything is ordered by document
+id, so the same input gives the same documents and the same summary however the blocks arrive.
 """
 
 import time
