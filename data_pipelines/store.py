@@ -1,6 +1,7 @@
 """A Milvus collection of document chunks: the same code for a Milvus Lite folder and for a server."""
 
 import contextlib
+import functools
 import logging
 import os
 import tempfile
@@ -76,7 +77,6 @@ class Store:
     """
 
     def __init__(self, uri: str, token: str = "", wait: float = 0, patience: float = 0) -> None:
-        logging.getLogger("pymilvus").setLevel(logging.CRITICAL)
         self.uri = uri
         self._patience = patience
         self._lite = None if is_server(uri) else LiteFolder(Path(uri), wait)
@@ -87,6 +87,7 @@ class Store:
     def _connect(self, address: str, token: str, wait: float) -> Any:
         from pymilvus import MilvusClient, MilvusException
 
+        logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # its errors come as exceptions
         deadline = time.monotonic() + wait
         while True:
             try:
@@ -106,8 +107,16 @@ class Store:
 
     def has_keywords(self) -> bool:
         """Whether this Milvus finds texts by their words: Milvus Lite, and servers from 2.5."""
-        version = self._patiently(self._client.get_server_version).removeprefix("v")
-        return self._lite is not None or tuple(map(int, version.split("-")[0].split(".")[:2])) >= (2, 5)
+        return self._is_lite or tuple(map(int, self._version.removeprefix("v").split("-")[0].split(".")[:2])) >= (2, 5)
+
+    @functools.cached_property
+    def _version(self) -> str:
+        return str(self._patiently(self._client.get_server_version))
+
+    @property
+    def _is_lite(self) -> bool:
+        """Whether it is Milvus Lite, also where another process has the folder open and we its address."""
+        return self._version.startswith("milvus_lite")
 
     def collection(self, name: str) -> Collection | None:
         """What the collection ``name`` is, or None if there is none.
@@ -231,7 +240,7 @@ class Store:
 
         params = self._client.prepare_index_params()
         settings: dict[str, Any] = {**index.params()}
-        if self._lite:  # which reads them only so
+        if self._is_lite:  # which reads them only so
             settings["params"] = index.params()
         params.add_index("vector", index_type=index.kind, metric_type=index.metric, params=settings)
         made = self.collection(collection)
@@ -282,7 +291,7 @@ class Store:
             if not where:
                 raise Failure(f"Milvus at {self.uri} did not search '{collection}': {error.message}") from None
             raise UserError(f"where: Milvus does not take the filter {where!r}: {error.message}") from None
-        sign = -1 if same and not near and self._lite else 1  # Milvus Lite gives BM25 as a distance
+        sign = -1 if same and not near and self._is_lite else 1  # Milvus Lite gives BM25 as a distance
         return [{"id": hit["id"], "score": sign * float(hit["distance"]), **hit["entity"]} for hit in found[0]]
 
     def count(self, collection: str) -> int:
