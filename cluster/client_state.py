@@ -6,6 +6,7 @@ All of it is below ``.workbench/``, which git ignores.
 import hashlib
 import os
 import secrets
+import sys
 from pathlib import Path
 
 from cluster.inventory import DEFAULT_FILE, Inventory, read_inventory
@@ -39,14 +40,21 @@ def token_copy(inventory: Inventory) -> Path:
 def find_token(inventory: Inventory, *, make: bool) -> str:
     """The cluster's token: ours, else the head's, else, with ``make``, a new one; kept in ``token_copy``, 0600.
 
+    With ``make`` the head's goes before ours: somebody may have changed it from another machine since, and who brings
+    the cluster up must not bring the old one back.
     Raises UserError where there is none, Failure if the head cannot be reached.
     """
     copy = token_copy(inventory)
+    ours = ""
     if copy.exists():
         copy.chmod(0o600)
-        return copy.read_text().strip()
+        ours = copy.read_text().strip()
+        if not make:
+            return ours
     head = Remote(inventory.hosts[inventory.head])
-    token = head.run(f"cat {shell_path(inventory.token_file)} 2>/dev/null", check=False).stdout.strip()
+    token = head.run(f"cat {shell_path(inventory.token_file)} 2>/dev/null", check=False).stdout.strip() or ours
+    if ours and token != ours:
+        print(f"{inventory.head} has another token than this checkout had: it is taken from there", file=sys.stderr)
     if not token and not make:
         raise UserError(f"the cluster '{inventory.name}' has no token yet: bring it up with 'workbench cluster up'")
     return keep_token(inventory, token or new_token())

@@ -13,7 +13,7 @@ from typing import Any
 from cluster.cards import card_model
 from cluster.doctor_row import GIB, gib
 from cluster.facts import CardFacts, Facts, read_facts
-from cluster.inventory import Host, Inventory
+from cluster.inventory import Host, Inventory, inventory_of
 from cluster.ssh import Remote
 from workbench.config import ssh_options
 from workbench.errors import UserError
@@ -42,7 +42,7 @@ def discover(targets: list[str], storage: str = "") -> tuple[Inventory, dict[str
     if not linux:
         raise UserError(f"none of {', '.join(targets)} runs Linux: the head must, name one that does")
     shared = storage or _shared_mount(found) or STORAGE
-    inventory = Inventory.model_validate({"head": linux[0], "storage": shared, "hosts": hosts})
+    inventory = inventory_of({"head": linux[0], "storage": shared, "hosts": hosts})
     return inventory, dict(zip(hosts, found, strict=True))
 
 
@@ -60,10 +60,13 @@ def reachable(target: str) -> Host:
     except FileNotFoundError:
         raise UserError("no ssh client on this machine: install OpenSSH") from None
     configured = dict(line.partition(" ")[::2] for line in asked.stdout.splitlines())
+    port = int(given.get("port") or configured.get("port") or 22)
+    if not 1 <= port <= 65535:
+        raise UserError(f"'{target}': a port is a number from 1 to 65535")
     return Host(
         address=configured.get("hostname", address),
         user=given.get("user") or configured.get("user") or getpass.getuser(),
-        ssh_port=int(given.get("port") or configured.get("port") or 22),
+        ssh_port=port,
         os="linux",
     )
 

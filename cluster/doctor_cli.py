@@ -29,6 +29,7 @@ def init(
     """Write an annotated cluster.yaml: for three example machines, or from what yours report over ssh."""
     from cluster.discover import discover as ask
     from cluster.discover import notes
+    from cluster.inventory import inventory_of
     from cluster.inventory_file import annotated, three_machines
 
     hosts, file = _split(arguments or [])
@@ -36,6 +37,8 @@ def init(
         raise UserError(f"{' '.join(hosts)}: to ask hosts, type: workbench cluster init --discover {' '.join(hosts)}")
     if discover and not hosts:
         raise UserError("--discover asks hosts: name them, for example: workbench cluster init --discover ada@10.0.0.2")
+    if file.is_dir():
+        raise UserError(f"{file} is a folder: name a file")
     if file.exists() and not force:
         raise UserError(f"{file} exists and is kept: name another file, or overwrite it with --force")
     if discover:
@@ -46,9 +49,12 @@ def init(
 
         inventory = three_machines(getpass.getuser())
         if storage:
-            inventory = type(inventory).model_validate(inventory.model_dump(exclude_unset=True) | {"storage": storage})
+            inventory = inventory_of(inventory.model_dump(exclude_unset=True) | {"storage": storage})
         text = annotated(inventory, file=str(file))
-    write_atomic(file, text)
+    try:
+        write_atomic(file, text)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written: {error.strerror}") from None
     given = "" if file == DEFAULT_FILE else f" --inventory {file}"
     print(f"{file}: {len(inventory.hosts)} hosts, head {inventory.head}, storage {inventory.storage}")
     print(f"next: look through it, then: workbench cluster doctor{given}", file=sys.stderr)

@@ -5,8 +5,10 @@ firewall closes those. It takes root, so ``cluster up`` writes the rules and pri
 """
 
 import ipaddress
+import socket
 
 from cluster.inventory import Inventory
+from workbench.errors import UserError
 
 RAY_FIXED = (44217, 44227)
 """Metrics of Ray's monitor and of its dashboard process; no option of ``ray start`` moves them."""
@@ -33,6 +35,7 @@ table inet {table} {{
         type filter hook input priority filter - 5; policy accept;
         iif lo accept
         ct state established,related accept
+        tcp dport {ssh} accept
 {members}
         tcp dport @ray_ports counter drop
     }}
@@ -95,8 +98,13 @@ def rules(inventory: Inventory, name: str) -> str:
         host=name,
         cluster=inventory.name,
         table=table(inventory),
+        ssh=inventory.hosts[name].ssh_port,
         ports=", ".join(_range(*ports) for ports in closed_ports(inventory, name)),
-        members="\n".join(f"        {_family(address)} saddr {address} accept" for address in others)
+        members="\n".join(
+            f"        {'ip6' if ':' in number else 'ip'} saddr {number} accept"
+            for address in others
+            for number in numbers_of(address)
+        )
         or "        # no other host",
     )
 
@@ -146,11 +154,23 @@ def etc_rules(inventory: Inventory) -> str:
     return f"/etc/workbench/{table(inventory)}.nft"
 
 
-def _family(address: str) -> str:
+def numbers_of(address: str) -> list[str]:
+    """The IP addresses of a host. A name is looked up here, for when the rules are loaded at boot nothing can be.
+
+    Raises UserError if the name has none.
+    """
     try:
-        return "ip6" if ipaddress.ip_address(address).version == 6 else "ip"
+        return [str(ipaddress.ip_address(address))]
     except ValueError:
-        return "ip"  # a name: nft looks it up when it loads the rules
+        pass
+    try:
+        found = {str(info[4][0]).partition("%")[0] for info in socket.getaddrinfo(address, None)}
+    except OSError as error:
+        raise UserError(
+            f"address '{address}' has no IP address from here ({error.strerror}), and the firewall rules need one: "
+            f"give the host's IP address in the inventory"
+        ) from None
+    return sorted(found)
 
 
 def _range(first: int, last: int) -> str:

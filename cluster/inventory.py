@@ -5,15 +5,21 @@
 Every command of ``workbench cluster`` reads it; ``cluster init`` writes a first one.
 """
 
+import difflib
+import ipaddress
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from workbench.config import Config, load
 from workbench.errors import UserError
 
 DEFAULT_FILE = Path("cluster.yaml")
+ADDRESS = r"^([A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|[0-9A-Fa-f:]*:[0-9A-Fa-f:.]*)$"
+"""A name, or an IP address of either kind."""
 NAME = r"^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$"
 GIB = 1 << 30
 
@@ -29,7 +35,7 @@ class Card(Config):
     """One NVIDIA card."""
 
     model: str = Field(pattern=NAME, description="as people say it: rtx-5090, rtx-pro-6000, rtx-5060-ti")
-    memory_gb: float = Field(gt=0, description="GB on the box")
+    memory_gb: float = Field(gt=0, le=10_000, description="GB on the box")
     pcie: PcieLink = Field(description="what its slot should give")
     uuid: str = Field(default="", pattern=r"^(GPU-[0-9a-f-]+)?$", description="NVML's; 'init --discover' fills it in")
     reserved: bool | None = Field(
@@ -41,11 +47,13 @@ class Card(Config):
 class Host(Config):
     """One machine."""
 
-    address: str = Field(min_length=1, description="IP address or name that the other hosts reach it by")
-    user: str = Field(min_length=1, description="ssh user")
+    address: str = Field(pattern=ADDRESS, description="IP address or name that the other hosts reach it by")
+    user: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", description="ssh user")
     ssh_port: int = Field(default=22, ge=1, le=65535, description="ssh port")
     os: Literal["linux", "macos"] = Field(description="operating system")
-    python: str = Field(default="python3.11", description="interpreter that makes the environment")
+    python: str = Field(
+        default="python3.11", pattern=r"^[A-Za-z0-9_.~/+-]+$", description="interpreter that makes the environment"
+    )
     folder: str = Field(default="~/.workbench", description="where 'cluster up' keeps its files on this host")
     environment: str = Field(
         default="", description="an existing virtual environment; empty: 'cluster up' makes FOLDER/env"
@@ -64,6 +72,13 @@ class Host(Config):
     )
     mps: int = Field(default=0, ge=0, le=1, description="1: offer an Apple GPU as the resource 'mps'")
     labels: dict[str, str] = Field(default={}, description="further Ray node labels")
+
+    @field_validator("address")
+    @classmethod
+    def _is_one(cls, address: str) -> str:
+        if ":" in address or re.fullmatch(r"[0-9.]+", address):
+            ipaddress.ip_address(address)  # ValueError says what is wrong
+        return address
 
     @model_validator(mode="after")
     def _fits_its_system(self) -> "Host":
@@ -139,30 +154,44 @@ class Inventory(Config):
     @field_validator("storage")
     @classmethod
     def _shareable(cls, storage: str) -> str:
-        if not storage.startswith(("/", "s3://")):
+        if not re.fullmatch(r"/[^/\n][^\n]*|s3://[A-Za-z0-9][A-Za-z0-9.-]+(/[^\n]*)?", storage):
             raise ValueError("give an absolute path that all hosts mount, or s3://BUCKET/PREFIX")
         return storage.rstrip("/")
 
     @field_validator("hosts")
     @classmethod
     def _named(cls, hosts: dict[str, Host]) -> dict[str, Host]:
-        import re
-
         for name in hosts:
             if not re.match(NAME, name):
                 raise ValueError(f"host name '{name}': lower-case letters, digits and hyphens")
-        addresses = [(host.address, host.ssh_port) for host in hosts.values()]
-        if len(set(addresses)) < len(addresses):
-            raise ValueError("two hosts have one address")
+        seen: dict[object, str] = {}
+        for name, host in hosts.items():
+            if (other := seen.setdefault((host.address, host.ssh_port), name)) != name:
+                raise ValueError(f"two hosts have one address: {other} and {name}")
+            for card in host.cards:
+                if card.uuid and (other := seen.setdefault(card.uuid, name)) is not name:
+                    raise ValueError(f"two cards have one uuid: {card.uuid}, on {other} and {name}")
         return hosts
 
     @model_validator(mode="after")
     def _headed(self) -> "Inventory":
         if self.head not in self.hosts:
-            raise ValueError(f"head: '{self.head}' is not among the hosts {', '.join(self.hosts)}")
+            near = difflib.get_close_matches(self.head, self.hosts, 1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise ValueError(f"head: '{self.head}' is not among the hosts {', '.join(self.hosts)}{hint}")
         if self.hosts[self.head].os != "linux":
             raise ValueError(f"head: '{self.head}' is a Mac, which sleeps; choose a Linux host")
         return self
+
+
+def inventory_of(keys: Mapping[str, Any]) -> Inventory:
+    """The inventory with these keys. Raises UserError for what is wrong in them."""
+    try:
+        return Inventory.model_validate(keys)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
 def read_inventory(file: Path = DEFAULT_FILE) -> Inventory:

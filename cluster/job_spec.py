@@ -28,6 +28,7 @@ HOLD = ["python", "-m", "cluster.job_hold"]
 EXEC = "exec "
 """The shell gives way to the command: where the job's supervisor dies, Ray kills its own children and no further."""
 HOLD_VARIABLE = "WORKBENCH_HELD_JOB"
+SECRET_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 URL_PASSWORD = re.compile(r"(://[^/:\s]*):(?!\d+(?:[/?#]|$))\S*@")
 """To the last @ of the word, for people put @ and / into passwords as they are; ``://host:8000/a@b`` is a port."""
@@ -88,6 +89,14 @@ class JobSpec:
 
     def __post_init__(self) -> None:
         refuse_secrets(self.command, self.variables)
+        for secret in self.secrets:
+            if not SECRET_NAME.fullmatch(secret):
+                shown = secret.partition("=")[0]
+                raise UserError(f"--secret {shown or repr(secret)}...: give the NAME of a secret, not its value")
+        for job in self.after:
+            if not job:
+                raise UserError("--after: give the id of a job; 'workbench jobs list' has them")
+            check_name(job)
         if self.retries < 0:
             raise UserError(f"--retries {self.retries}: give 0 or more")
 
@@ -164,8 +173,12 @@ class JobSpec:
             options += ["--submission-id", name]
         asked = {} if self.held else self.resources.arguments()
         for key, value in asked.items():
-            options += [f"--{key.replace('_', '-')}", json.dumps(value) if isinstance(value, dict) else f"{value:g}"]
+            options += [f"--{key.replace('_', '-')}", json.dumps(value) if isinstance(value, dict) else _plain(value)]
         return f"{shlex.join(['ray', 'job', 'submit', *options])} -- {self.entrypoint()}"
+
+
+def _plain(amount: float) -> str:
+    return str(int(amount)) if amount == int(amount) else str(amount)
 
 
 def check_name(name: str) -> None:

@@ -1,6 +1,7 @@
 """``workbench submit -- COMMAND`` and ``workbench jobs list|logs|status|stop``."""
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ def submit_command(facts: CommandFacts) -> Callable[..., int]:
         mps: Annotated[bool, typer.Option("--mps", help="The Mac's own GPU.")] = False,
         cpus: Annotated[float | None, typer.Option(help="CPUs.", show_default=False)] = None,
         host: Annotated[str, typer.Option(help="Only on this host.")] = "",
-        memory: Annotated[int, typer.Option(help="Memory in MiB that the command's own process reserves.")] = 0,
+        memory: Annotated[int, typer.Option(min=0, help="Memory in MiB that the command's own process reserves.")] = 0,
         resource: Annotated[list[str] | None, typer.Option(help="NAME=AMOUNT of a Ray resource, likewise.")] = None,
         env: Annotated[list[str] | None, typer.Option(help="NAME=VALUE for every process of the job.")] = None,
         secret: Annotated[list[str] | None, typer.Option(help="A NAME of the hosts' secrets file.")] = None,
@@ -92,6 +93,7 @@ def submit_command(facts: CommandFacts) -> Callable[..., int]:
         nodes = remote_nodes(cluster)
         for text in facts.waits(command, nodes):
             print(f"the workers' request {text}", file=sys.stderr)
+        _refuse_what_nobody_has(nodes, memory << 20, custom)
         own = EntrypointResources(memory=memory << 20, custom=custom)
         if request is not None:
             own = _entrypoint(request, nodes, memory << 20, custom)
@@ -292,9 +294,25 @@ def runs_root_for(cluster: ClusterAddress, given: Path | None) -> Path:
 
 def _custom(pairs: list[str]) -> dict[str, float]:
     try:
-        return {name: float(amount) for name, amount in (pair.split("=", 1) for pair in pairs)}
+        amounts = {name: float(amount) for name, amount in (pair.split("=", 1) for pair in pairs)}
+        if not all(0 < amount < math.inf for amount in amounts.values()):
+            raise ValueError("an amount is a positive number")
     except ValueError:
         raise UserError(f"--resource {' '.join(pairs)}: write NAME=AMOUNT, for example mps=1") from None
+    return amounts
+
+
+def _refuse_what_nobody_has(nodes: "Sequence[Node]", memory: int, custom: dict[str, float]) -> None:
+    """Raise UserError for what no host of the cluster has even when idle: Ray would wait for it for ever."""
+    for name, amount in {**({"memory": memory} if memory else {}), **custom}.items():
+        most = max((node.total.get(name, 0) for node in nodes), default=0)
+        if amount > most and name == "memory":
+            raise UserError(f"--memory {memory >> 20}: no host has more than {int(most) >> 20} MiB for Ray")
+        if amount > most:
+            there = sorted({key for node in nodes for key in node.total if ":" not in key})
+            raise UserError(
+                f"--resource {name}={amount:g}: no host has more than {most:g} of it; there is {', '.join(there)}"
+            )
 
 
 def _variables(pairs: list[str]) -> dict[str, str]:

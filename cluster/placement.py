@@ -133,8 +133,9 @@ def _one_card(request: ResourceRequest, base: Placement, nodes: Sequence[Node]) 
         return
     fits = [(node, card) for node in nodes for card in node.cards if _fits(request, card)]
     for model, memory in sorted({(card.model, card.memory_gb) for _, card in fits if not card.reserved}):
-        offering = [node for node in nodes if model in _plain_models(node)]
-        holders = [node for node in offering if len(_plain_models(node)) == 1]  # else an index could be the other's
+        # Elsewhere the model is reserved, or another is plain too, and Ray would hand out that one's index.
+        offering = [node for node in nodes if any(card.model == model for card in node.cards)]
+        holders = [node for node in offering if _plain_models(node) == {model}]
         selector = base.label_selector
         if 0 < len(holders) < len(offering):
             selector = {HOST: f"in({','.join(node.host for node in holders)})"}
@@ -219,12 +220,17 @@ def lacking(bundle: dict[str, float], label_selector: dict[str, str], nodes: Seq
     where = [
         node
         for node in nodes
-        if _count({**bundle, "memory": 0.0}, node.total) and label_selector.get(HOST, node.host) == node.host
+        if _count({**bundle, "memory": 0.0}, node.total) and _selects(label_selector.get(HOST, node.host), node.host)
     ]
     short = {node.host: _short(bundle, node) for node in where}
     if not where:
         return "no host that is up has it"
     return "" if "" in short.values() else "; ".join(f"{host} has {text}" for host, text in short.items())
+
+
+def _selects(selector: str, host: str) -> bool:
+    """Whether a label selector on the host's name, one of ours, takes ``host``."""
+    return host in selector.removeprefix("in(").removesuffix(")").split(",")
 
 
 def _short(need: dict[str, float], node: Node) -> str:
@@ -263,7 +269,9 @@ def _refusal(request: ResourceRequest, nodes: Sequence[Node], workers: int) -> s
     if request.gpu is not None and (request.gpu.model or request.gpu.memory):
         alone = request.model_copy(update={"cpu": None})
         if any(choice.room for choice in _choices(alone, nodes, 1)):
-            return f"{asked} cannot be had at once: {_rooms(alone, have)}; ask for less CPU, or fewer workers"
+            return (
+                f"{asked} cannot be had at once: {_rooms(alone, have)}; ask for fewer workers (workers=1), or less CPU"
+            )
         return f"no host has {asked}; {_nearest_card(request, nodes)}"
     if request.mps:
         macs = [node.host for node in nodes if node.total.get(MPS)]

@@ -57,12 +57,16 @@ def _by_rsync(remote: Remote, path: Path, target: str) -> None:
     destination = f"{target}/" if path.is_dir() else target
     done = subprocess.run(
         ["rsync", "-a", "--partial", f"--partial-dir={PARTIAL}", "-e", shlex.join(remote.ssh()),
-         source, f"{remote.name()}:{destination}"],
+         source, f"{remote.host.user}@{_bracketed(remote.host.address)}:{destination}"],
         stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
         said = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         raise Failure(f"rsync to {remote.name()} ended: {said[0]}; the same command again goes on from there")
+
+
+def _bracketed(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
 
 
 def _by_tar(remote: Remote, path: Path, target: str) -> None:

@@ -156,7 +156,7 @@ def _check_paths(inventory: Inventory, name: str) -> None:
     host: Host = inventory.hosts[name]
     paths = {"folder": host.folder, "environment": host.environment, "token_file": inventory.token_file}
     for key, path in paths.items():
-        if path and not path.startswith(("/", "~/")):
+        if (key == "folder" and not path.strip("~/")) or (path and not path.startswith(("/", "~/"))):
             raise UserError(f"{name}: {key} '{path}': give an absolute path, or one that begins with ~/")
         if any(letter.isspace() or letter in "\"'\\$`%" for letter in path):
             raise UserError(f"{name}: {key} '{path}': Ray and the supervisors need a path of plain letters, no spaces")

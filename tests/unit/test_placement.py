@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from made_cluster import INVENTORY, RTX_5090, RTX_PRO_6000, card, node, nodes
 
 from cluster.inventory import Host
-from cluster.labels import HOST, read_cards
+from cluster.labels import HOST, CardOnHost, read_cards
 from cluster.nodes import Node, node_of, parse_usage
 from cluster.placement import Placement, place
 from workbench.errors import UserError
@@ -168,6 +168,22 @@ REQUESTS = st.fixed_dictionaries(
         "host": st.sampled_from(["h0", "h1"]),
     },
 )
+
+
+def test_a_model_that_is_reserved_elsewhere_is_asked_where_it_is_plain() -> None:
+    """There Ray would take the reserved card's resource, and hand out the index of the plain one."""
+    mixed = (CardOnHost("rtx-5060-ti", "GPU-0", 16, False), CardOnHost("rtx-pro-6000", "GPU-1", 96, True))
+    alone = (CardOnHost("rtx-pro-6000", "GPU-2", 96, False),)
+    totals = [
+        {"CPU": 8.0, "GPU": 1.0, "rtx-5060-ti": 1.0, "rtx-pro-6000": 1.0},
+        {"CPU": 8.0, "GPU": 1.0, "rtx-pro-6000": 1.0},
+    ]
+    nodes = [
+        Node(f"h{n}", "linux", cards, total, None)
+        for n, (cards, total) in enumerate(zip((mixed, alone), totals, strict=True))
+    ]
+    placement = place(ResourceRequest.model_validate({"gpu": "rtx-pro-6000"}), nodes)
+    assert (placement.num_gpus, placement.label_selector) == (1, {HOST: "in(h1)"})
 
 
 @given(clusters(), REQUESTS, st.integers(1, 3))
