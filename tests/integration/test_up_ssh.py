@@ -251,6 +251,12 @@ def test_after_a_rotation_the_old_token_is_refused(site: Site) -> None:
         stale = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=False)
         assert stale.returncode == 2
         assert "refused" in stale.stderr
+    copy = site.folder / f"laptop/clusters/{site.inventory['name']}/token"
+    copy.write_text(old.read_text())  # as on a laptop that did not see the rotation
+    again = site.workbench("cluster", "up")
+    assert again.returncode == 0, again.stderr
+    assert "another token" in again.stderr and "nothing to change" in again.stderr
+    assert copy.read_text() == (site.sshd.home / ".workbench/token").read_text() != old.read_text()
 
 
 def test_status_of_a_silent_head_shows_what_the_supervisor_says(site: Site) -> None:

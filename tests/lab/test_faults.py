@@ -150,7 +150,7 @@ def test_the_head_is_killed_with_the_driver_on_it(site: Site) -> None:
     following = site.lab.laptop.start(f"workbench jobs logs --follow {job.name}", site.lab.folder / "following.log")
     time.sleep(3)
     assert site.lab[HEAD].kill("ray")
-    assert job.end(180) == "FAILED", "the driver died with its host"
+    assert job.end(300) == "FAILED", "the driver died with its host"
     assert following.wait(60) != 0, "who follows the log is told, and not left waiting"
     assert "head-here" in site.workbench("jobs list").stdout
     back(site)

@@ -22,7 +22,7 @@ from cluster.bring_up import make_plan
 from cluster.client_state import fingerprint
 from cluster.dry_run import text
 from cluster.host_state import FileState, HostState, parse
-from cluster.inventory import Inventory
+from cluster.inventory import Inventory, inventory_of
 from cluster.render import HostFile, host_environment, host_files, ray_arguments, revision, without_uuid
 from cluster.supervisors import supervisor
 from workbench.errors import UserError
@@ -318,6 +318,19 @@ def test_a_change_of_one_host_restarts_that_host_alone(three: Inventory) -> None
     plans = {name: make_plan(changed, name, host_files(changed, name), states[name], TOKEN) for name in states}
     assert [name for name, plan in plans.items() if plan.reasons] == ["linux-box"]
     assert [name for name, plan in plans.items() if not plan.nothing] == ["linux-box"]
+
+
+def test_the_firewall_never_closes_ssh_and_looks_names_up_at_once(three: Inventory, tmp_path: Path) -> None:
+    keys = three.model_dump(exclude_unset=True)
+    keys["hosts"]["system-a"]["ssh_port"] = 40022
+    keys["hosts"]["linux-box"]["address"] = "localhost"
+    lines = [line.strip() for line in firewall.rules(inventory_of(keys), "system-a").splitlines()]
+    assert lines.index("tcp dport 40022 accept") < lines.index("tcp dport @ray_ports counter drop")
+    assert "ip saddr 127.0.0.1 accept" in lines or "ip6 saddr ::1 accept" in lines
+    assert not any("localhost" in line for line in lines if "saddr" in line)
+    keys["hosts"]["linux-box"]["address"] = "no-such-host.invalid"
+    with pytest.raises(UserError, match=r"no-such-host.invalid.*give the host's IP address"):
+        firewall.rules(inventory_of(keys), "system-a")
 
 
 def test_a_new_host_rewrites_the_others_firewall_without_a_restart(three: Inventory) -> None:

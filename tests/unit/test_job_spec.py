@@ -10,7 +10,8 @@ from made_cluster import nodes
 
 from cluster.job_secrets import FILE_VARIABLE, NAMES_VARIABLE, adopt, read_secrets
 from cluster.job_spec import HOLD_VARIABLE, EntrypointResources, JobSpec, hidden_line
-from cluster.jobs_cli import _request
+from cluster.jobs_cli import _custom, _refuse_what_nobody_has, _request
+from cluster.nodes import Node
 from cluster.upload import check_upload
 from workbench.cli import _places, _requests, _takes_resources, main
 from workbench.errors import UserError
@@ -92,6 +93,36 @@ def test_a_card_is_set_in_the_jobs_own_process_and_not_in_its_workers() -> None:
     job = spec(resources=EntrypointResources(custom={"rtx-pro-6000": 1.0}, cards="GPU-22"))
     assert "--cards GPU-22" in job.entrypoint()
     assert "GPU-22" not in json.dumps(job.runtime_env())
+
+
+@pytest.mark.parametrize("given", ["HF_TOKEN=hf_abcdefgh", "A B", "", "--"])
+def test_a_secret_is_named_and_its_value_not_repeated(given: str) -> None:
+    with pytest.raises(UserError, match="give the NAME of a secret") as error:
+        spec(secrets=[given])
+    assert "hf_abcdefgh" not in str(error.value)
+
+
+@pytest.mark.parametrize("after", ["", "a b/c"])
+def test_a_job_to_wait_for_has_a_jobs_name(after: str) -> None:
+    with pytest.raises(UserError):
+        spec(after=[after])
+
+
+def test_the_plain_line_has_whole_numbers_where_ray_wants_them() -> None:
+    line = spec(resources=EntrypointResources(memory=4096 << 20, cpus=0.5)).plain_line("http://h:1", "")
+    assert "--entrypoint-memory 4294967296 " in line and "--entrypoint-num-cpus 0.5 " in line
+
+
+def test_what_no_host_has_is_refused() -> None:
+    nodes = [Node("a", "linux", (), {"CPU": 8.0, "memory": 64.0 * 2**30, "mps": 1.0, "node:1.2.3.4": 1.0}, None)]
+    _refuse_what_nobody_has(nodes, 32 << 30, {"mps": 1.0})
+    with pytest.raises(UserError, match="no host has more than 65536 MiB"):
+        _refuse_what_nobody_has(nodes, 65 << 30, {})
+    with pytest.raises(UserError, match="foo=1: no host has more than 0 of it; there is CPU, memory, mps"):
+        _refuse_what_nobody_has(nodes, 0, {"foo": 1.0})
+    for wrong in ("mps=-1", "foo=nan", "foo=inf", "foo"):
+        with pytest.raises(UserError, match="NAME=AMOUNT"):
+            _custom([wrong])
 
 
 def test_a_supervisor_reserves_nothing_and_knows_what_its_attempts_do() -> None:
