@@ -190,8 +190,6 @@ def _index(
     there = _has_index(config, kind, target)
     run.say(f"{kind} is there already" if there else f"building {kind}")
     began = time.perf_counter()
-    if target.lite and not there:
-        _begin_index_of_lite(config, kind, target)
     store.build_index(config.collection, config.index(kind))
     measured: dict[str, Any] = {
         "index": kind, "build_seconds": None if there else round(time.perf_counter() - began, 1)
@@ -227,19 +225,6 @@ def _index(
     folder = config.storage if is_server(config.uri) else Path(config.uri)
     measured["disk_mb"] = None if folder is None else _bytes(folder) >> 20
     return {**measured, "points": points}
-
-
-def _begin_index_of_lite(config: BenchConfig, kind: IndexKind, target: "Target") -> None:
-    """Name the index with the settings that Milvus Lite reads only in another place; loading builds it."""
-    index = config.index(kind)
-    with target.client() as client:
-        if "vector" in client.list_indexes(config.collection):
-            client.release_collection(config.collection)
-            client.drop_index(config.collection, "vector")
-        params = client.prepare_index_params()
-        settings = {**index.params(), "params": index.params()}
-        params.add_index("vector", index_type=kind, metric_type=config.metric, params=settings)
-        client.create_index(config.collection, params)
 
 
 def _has_index(config: BenchConfig, kind: IndexKind, target: "Target") -> bool:
