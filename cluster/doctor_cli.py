@@ -8,11 +8,14 @@ from typing import Annotated
 
 import typer
 
-from cluster.inventory import DEFAULT_FILE, read_inventory
+from cluster.inventory import DEFAULT_FILE
 from workbench.errors import UserError
 from workbench.files import write_atomic
 
-InventoryFile = Annotated[Path, typer.Option("--inventory", help="The inventory.", metavar="FILE")]
+InventoryFile = Annotated[
+    Path | None,
+    typer.Option("--inventory", help="The inventory; cluster.yaml, or the last one brought up.", metavar="FILE"),
+]
 
 
 def init(
@@ -61,14 +64,15 @@ def init(
 
 
 def doctor(
-    inventory: InventoryFile = DEFAULT_FILE,
+    inventory: InventoryFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, nothing else.")] = False,
 ) -> int:
     """Examine every host over ssh and say what to type; changes nothing. Exit code 1 if a check failed."""
+    from cluster.client_state import inventory_in_use
     from cluster.doctor import count, diagnose, table
     from cluster.examination import examine
 
-    machines = read_inventory(inventory)
+    machines, _ = inventory_in_use(inventory)
     if not as_json:
         print(f"examining {', '.join(machines.hosts)}", file=sys.stderr)
     rows = diagnose(machines, examine(machines))
