@@ -43,6 +43,13 @@ class Card(Config):
         description="only requests that name the card get it; default: all but the smallest model of a mixed host",
     )
 
+    @field_validator("model")
+    @classmethod
+    def _no_word_of_ours(cls, model: str) -> str:
+        if model in ("any", "all", "cpu", "gpu", "mps"):
+            raise ValueError(f"'{model}' means something else in requests: write the card's model")
+        return model
+
 
 class Host(Config):
     """One machine."""

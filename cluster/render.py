@@ -154,7 +154,8 @@ def _env_text(inventory: Inventory, variables: dict[str, str]) -> str:
 
 def _check_paths(inventory: Inventory, name: str) -> None:
     host: Host = inventory.hosts[name]
-    paths = {"folder": host.folder, "environment": host.environment, "token_file": inventory.token_file}
+    shared = {key: getattr(inventory, key) for key in ("token_file", "secrets_file", "model_cache")}
+    paths = {"folder": host.folder, "environment": host.environment, **shared}
     for key, path in paths.items():
         if (key == "folder" and not path.strip("~/")) or (path and not path.startswith(("/", "~/"))):
             raise UserError(f"{name}: {key} '{path}': give an absolute path, or one that begins with ~/")

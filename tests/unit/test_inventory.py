@@ -104,6 +104,8 @@ def test_an_unknown_key_names_file_line_and_nearest_key(tmp_path: Path) -> None:
         ("width: 8}", "width: 7}", "hosts.linux-box.cards.0.pcie.width"),
         ("    mps: 1", "    cards: [{model: m, memory_gb: 1, pcie: {generation: 4, width: 8}}]", "a Mac has no"),
         ("model: rtx-5090", "model: RTX 5090", "hosts.system-a.cards.0.model"),
+        ("model: rtx-5090", "model: mps", "means something else in requests"),
+        ("head: system-a", "head: sytem-a", "did you mean 'system-a'?"),
     ],
 )
 def test_what_cannot_be_is_refused_with_its_place(tmp_path: Path, old: str, new: str, expected: str) -> None:
