@@ -86,10 +86,10 @@ def whole(rows: dict[str, tuple[int, int]]) -> int:
 
 
 def test_killed_driver(documents: Path, undisturbed: dict[str, tuple[int, int]], tmp_path: Path) -> None:
-    """Killed twice with SIGKILL and started again at once, the run keeps what is there and completes it."""
+    """Killed with SIGKILL (twice in 'make soak') and begun again, the run keeps what is there and completes it."""
     before = 0
     left: list[psutil.Process] = []
-    for _ in range(2):
+    for _ in range(min(2, ROUNDS)):
         process = start(documents, tmp_path)
         left += halfway(process)
         process.kill()
@@ -100,9 +100,9 @@ def test_killed_driver(documents: Path, undisturbed: dict[str, tuple[int, int]],
     summary = finish(start(documents, tmp_path))
     assert (summary["already_there"], summary["embedded"]) == (before, ROWS - before)
     assert contents(tmp_path) == undisturbed
-    # Ray's agents look for their dead head for about a minute before they follow it.
-    _, alive = psutil.wait_procs(left, timeout=150)
-    assert not alive
+    if ROUNDS > 1:  # Ray's agents look for their dead head for about a minute before they follow it
+        _, alive = psutil.wait_procs(left, timeout=150)
+        assert not alive
 
 
 def test_killed_worker_and_owner(documents: Path, undisturbed: dict[str, tuple[int, int]], tmp_path: Path) -> None:
