@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and its children too
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # so does one under nohup
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WORKBENCH_STATE"] = tempfile.mkdtemp(prefix="wb-state-")  # a head of the user's stays out of the tests
