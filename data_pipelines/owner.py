@@ -86,14 +86,13 @@ def find(uri: str) -> Any | None:
         return None
 
 
-def hold(uri: str, *, detached: bool = False) -> Any:
+def hold(uri: str) -> Any:
     """The owner of ``uri`` in this cluster, made on this node if there is none yet.
 
-    It lives as long as this job, or until ``release`` where ``detached``. If it dies it is restarted and its
+    It lives as long as this job, or until ``release``. If it dies it is restarted and its
     unfinished calls are made again, which is safe because every write is an upsert by id.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options = {"lifetime": "detached"} if detached else {}
     return (
         ray.remote(Owner)
         .options(
@@ -104,7 +103,6 @@ def hold(uri: str, *, detached: bool = False) -> Any:
             max_restarts=-1,
             max_task_retries=-1,
             scheduling_strategy=here,
-            **options,
         )
         .remote(uri)
     )
