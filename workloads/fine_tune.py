@@ -11,9 +11,10 @@ from transformers import AutoTokenizer
 from workloads.instructions import Instruction, encode, read_jsonl
 from workloads.sft import SftConfig
 from workloads.training.adapters import add_adapter, load_base, save_adapter, trainable_parameters
+from workloads.training.batches import Batches, Row
 from workloads.training.devices import device_of
 from workloads.training.fsdp import full_state, shard, sharded_bytes
-from workloads.training.loop import Batches, Events, History, Row, train
+from workloads.training.loop import Events, History, train
 from workloads.training.ray_train import WorkerEvents
 
 

@@ -15,9 +15,10 @@ from workloads.chemistry import TASKS, answers, load_molecules, split_by_scaffol
 from workloads.corpus import molecule_records, read_documents, sequences
 from workloads.pretrain import PretrainConfig
 from workloads.tokenizer import train_tokenizer
+from workloads.training.batches import Batches, Row
 from workloads.training.devices import device_of
 from workloads.training.fsdp import full_state, shard
-from workloads.training.loop import Batches, Row, train
+from workloads.training.loop import train
 from workloads.training.ray_train import WorkerEvents
 
 VALIDATION_SEQUENCES = 96

@@ -143,7 +143,8 @@ def test_the_saved_adapter_has_the_loss_that_was_reported(tuned: tuple[Path, Any
 
     from workloads.instructions import encode, read_jsonl
     from workloads.training.adapters import load_base
-    from workloads.training.loop import Row, mean_loss
+    from workloads.training.batches import Row
+    from workloads.training.loop import mean_loss
 
     artifacts, cpu = tuned[0] / "artifacts", torch.device("cpu")
     model = PeftModel.from_pretrained(load_base(str(base), "float32", "nf4", cpu), artifacts / "adapter")

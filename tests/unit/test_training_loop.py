@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from workbench.config import load
 from workbench.errors import Failure, UserError
 from workloads.sft import SftConfig
+from workloads.training.batches import IGNORE, Batches, Row, collate
 from workloads.training.checkpoint import load_checkpoint, save_checkpoint
 from workloads.training.config import TrainingConfig
 from workloads.training.fsdp import check_storage
-from workloads.training.loop import IGNORE, Batches, Row, collate, learning_rate, summed_loss, train
+from workloads.training.loop import learning_rate, train
+from workloads.training.losses import summed_loss
 
 CPU = torch.device("cpu")
 

@@ -9,69 +9,18 @@ Whatever is random at a step is seeded by the step, so a resumed run needs no st
 """
 
 import math
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workbench.errors import UserError
+from workloads.training.batches import Batches, Row
 from workloads.training.config import TrainingConfig
 from workloads.training.fsdp import evaluation_mode, global_norm_clip, last_backward
-
-IGNORE = -100
-"""A label that is not trained on, as in ``torch.nn.functional.cross_entropy``."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One sequence: token ``ids``, and ``labels`` of the same length with ``IGNORE`` where nothing is learned."""
-
-    ids: list[int]
-    labels: list[int]
-
-    @property
-    def targets(self) -> int:
-        """How many of its tokens are predicted: the first has nothing before it."""
-        return sum(label != IGNORE for label in self.labels[1:])
-
-
-class Batches:
-    """The global batch of any step, as a pure function of the step.
-
-    An epoch is a permutation drawn from the seed. Within each ``WINDOW`` batches of it, rows of like length share a
-    batch, so that little is padded; then the batches are shuffled. Rows that fill no batch sit the epoch out.
-    Raises UserError where the rows fill no batch at all.
-    """
-
-    WINDOW = 16
-
-    def __init__(self, rows: Sequence[Row], batch_size: int, seed: int) -> None:
-        if len(rows) < batch_size:
-            raise UserError(f"{len(rows)} training rows do not fill a batch: give batch_size={len(rows)} or less")
-        self.rows, self.batch_size, self.seed = rows, batch_size, seed
-        self.per_epoch = len(rows) // batch_size
-        self._epoch, self._batches = -1, list[list[int]]()
-
-    def __getitem__(self, step: int) -> list[Row]:
-        epoch, number = divmod(step, self.per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._batches = epoch, self._deal(random.Random(f"{self.seed} {epoch}"))
-        return [self.rows[index] for index in self._batches[number]]
-
-    def _deal(self, draw: random.Random) -> list[list[int]]:
-        order = draw.sample(range(len(self.rows)), self.per_epoch * self.batch_size)
-        window = self.WINDOW * self.batch_size
-        batches = []
-        for start in range(0, len(order), window):
-            alike = sorted(order[start : start + window], key=lambda index: len(self.rows[index].ids))
-            batches += [alike[i : i + self.batch_size] for i in range(0, len(alike), self.batch_size)]
-        draw.shuffle(batches)
-        return batches
+from workloads.training.losses import summed_loss
 
 
 class Events(Protocol):
@@ -157,31 +106,6 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
     progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return config.learning_rate * (config.final_learning_rate + (1 - config.final_learning_rate) * cosine)
-
-
-def summed_loss(model: nn.Module, rows: Sequence[Row], device: torch.device) -> Tensor:
-    """Cross-entropy in nats, summed over the target tokens of ``rows``; a scalar in float32."""
-    ids_BT, mask_BT, labels_BT = collate(rows, device)
-    # Logits are made only from the first position that predicts a target: instructions are long, answers short.
-    first = int((labels_BT[:, 1:] != IGNORE).any(0).int().argmax())
-    kept = torch.arange(first, ids_BT.shape[1] - 1, device=device)
-    logits_BKV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, logits_to_keep=kept).logits
-    return F.cross_entropy(
-        logits_BKV.flatten(0, 1).float(), labels_BT[:, first + 1 :].flatten(), ignore_index=IGNORE, reduction="sum"
-    )
-
-
-def collate(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Pad on the right to the longest row: ids, attention mask (None where all are of one length) and labels."""
-    length = max(len(row.ids) for row in rows)
-    ids_BT = torch.zeros((len(rows), length), dtype=torch.long)
-    labels_BT = torch.full_like(ids_BT, IGNORE)
-    mask_BT = torch.zeros_like(ids_BT)
-    for index, row in enumerate(rows):
-        ids_BT[index, : len(row.ids)] = torch.tensor(row.ids)
-        labels_BT[index, : len(row.ids)] = torch.tensor(row.labels)
-        mask_BT[index, : len(row.ids)] = 1
-    return ids_BT.to(device), None if bool(mask_BT.all()) else mask_BT.to(device), labels_BT.to(device)
 
 
 @torch.no_grad()
