@@ -87,7 +87,7 @@ def test_a_resumed_run_has_the_losses_of_an_undisturbed_one(tmp_path: Path) -> N
 
 def test_logits_are_made_only_where_needed_and_the_loss_is_the_same() -> None:
     model, rows = make_model(), make_rows(4)
-    ids, mask, labels = collate(rows, CPU)
+    ids, labels, mask, _ = collate(rows, CPU)
     logits = model(input_ids=ids, attention_mask=mask).logits
     by_hand = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
     assert summed_loss(model, rows, CPU).item() == pytest.approx(by_hand.item(), rel=1e-5)

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,15 +16,27 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence: token ``ids``, and ``labels`` of the same length with ``IGNORE`` where nothing is learned."""
+    """One sequence: token ``ids``, and ``labels`` of the same length with ``IGNORE`` where nothing is learned.
+
+    ``sources`` names the documents it was made of, for people. ``starts`` has where each packed example begins, and is
+    empty for a sequence that is one example; the label of an example's first token is then ``IGNORE``.
+    """
 
     ids: list[int]
     labels: list[int]
+    sources: tuple[str, ...] = ()
+    starts: tuple[int, ...] = ()
 
     @property
     def targets(self) -> int:
         """How many of its tokens are predicted: the first has nothing before it."""
         return sum(label != IGNORE for label in self.labels[1:])
+
+
+def lengths_of(rows: Sequence[Row]) -> Sequence[int]:
+    """The length of each row in tokens, from ``rows.lengths`` where the sequence knows them without reading rows."""
+    known: Sequence[int] | None = getattr(rows, "lengths", None)
+    return [len(row.ids) for row in rows] if known is None else known
 
 
 class Batches:
@@ -41,6 +54,7 @@ class Batches:
             raise UserError(f"{len(rows)} training rows do not fill a batch: give batch_size={len(rows)} or less")
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.per_epoch = len(rows) // batch_size
+        self._lengths = lengths_of(rows)
         self._epoch, self._batches = -1, list[list[int]]()
 
     def __getitem__(self, step: int) -> list[Row]:
@@ -54,14 +68,35 @@ class Batches:
         window = self.WINDOW * self.batch_size
         batches = []
         for start in range(0, len(order), window):
-            alike = sorted(order[start : start + window], key=lambda index: len(self.rows[index].ids))
+            alike = sorted(order[start : start + window], key=lambda index: self._lengths[index])
             batches += [alike[i : i + self.batch_size] for i in range(0, len(alike), self.batch_size)]
         draw.shuffle(batches)
         return batches
 
 
-def collate(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Pad on the right to the longest row: ids, attention mask (None where all are of one length) and labels."""
+class Collated(NamedTuple):
+    """Rows as tensors, padded on the right to the longest.
+
+    ``mask_BT`` is 1 on tokens and 0 on padding, None where there is none. Of packed rows it is None too: they have
+    ``positions_BT``, which restart at 0 with every example and with the padding.
+    """
+
+    ids_BT: Tensor
+    labels_BT: Tensor
+    mask_BT: Tensor | None
+    positions_BT: Tensor | None
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What a Transformers model is called with. It reads from positions alone that examples are packed, and keeps
+        their attention apart (``transformers.masking_utils.find_packed_sequence_indices``), but only where there is no
+        mask."""
+        given = {"input_ids": self.ids_BT, "attention_mask": self.mask_BT, "position_ids": self.positions_BT}
+        return {name: tensor for name, tensor in given.items() if tensor is not None}
+
+
+def collate(rows: Sequence[Row], device: torch.device) -> Collated:
+    """Pad ``rows`` on the right to the longest one."""
     length = max(len(row.ids) for row in rows)
     ids_BT = torch.zeros((len(rows), length), dtype=torch.long)
     labels_BT = torch.full_like(ids_BT, IGNORE)
@@ -70,4 +105,13 @@ def collate(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, Tensor |
         ids_BT[index, : len(row.ids)] = torch.tensor(row.ids)
         labels_BT[index, : len(row.ids)] = torch.tensor(row.labels)
         mask_BT[index, : len(row.ids)] = 1
-    return ids_BT.to(device), None if bool(mask_BT.all()) else mask_BT.to(device), labels_BT.to(device)
+    if any(row.starts for row in rows):
+        positions_BT = torch.stack([_positions(row, length) for row in rows])
+        return Collated(ids_BT.to(device), labels_BT.to(device), None, positions_BT.to(device))
+    return Collated(ids_BT.to(device), labels_BT.to(device), None if bool(mask_BT.all()) else mask_BT.to(device), None)
+
+
+def _positions(row: Row, length: int) -> Tensor:
+    """Positions of a packed row and its padding, which counts as an example of its own."""
+    edges = sorted({0, *row.starts, len(row.ids), length})
+    return torch.cat([torch.arange(end - start) for start, end in zip(edges, edges[1:], strict=False)])

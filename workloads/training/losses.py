@@ -11,11 +11,12 @@ from workloads.training.batches import IGNORE, Row, collate
 
 def summed_loss(model: nn.Module, rows: Sequence[Row], device: torch.device) -> Tensor:
     """Cross-entropy in nats, summed over the target tokens of ``rows``; a scalar in float32."""
-    ids_BT, mask_BT, labels_BT = collate(rows, device)
+    batch = collate(rows, device)
+    ids_BT, labels_BT = batch.ids_BT, batch.labels_BT
     # Logits are made only from the first position that predicts a target: instructions are long, answers short.
     first = int((labels_BT[:, 1:] != IGNORE).any(0).int().argmax())
     kept = torch.arange(first, ids_BT.shape[1] - 1, device=device)
-    logits_BKV = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, logits_to_keep=kept).logits
+    logits_BKV = model(**batch.inputs, use_cache=False, logits_to_keep=kept).logits
     return F.cross_entropy(
         logits_BKV.flatten(0, 1).float(), labels_BT[:, first + 1 :].flatten(), ignore_index=IGNORE, reduction="sum"
     )
