@@ -90,13 +90,13 @@ def test_logits_are_made_only_where_needed_and_the_loss_is_the_same() -> None:
     ids, labels, mask, _ = collate(rows, CPU)
     logits = model(input_ids=ids, attention_mask=mask).logits
     by_hand = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-    assert summed_loss(model, rows, CPU).item() == pytest.approx(by_hand.item(), rel=1e-5)
+    assert summed_loss(model, rows, CPU).objective.item() == pytest.approx(by_hand.item(), rel=1e-5)
 
 
 def test_padding_changes_no_loss() -> None:
     model, rows = make_model(), make_rows(6)
-    one_by_one = sum(summed_loss(model, [row], CPU).item() for row in rows)
-    assert summed_loss(model, rows, CPU).item() == pytest.approx(one_by_one, rel=1e-5)
+    one_by_one = sum(summed_loss(model, [row], CPU).objective.item() for row in rows)
+    assert summed_loss(model, rows, CPU).objective.item() == pytest.approx(one_by_one, rel=1e-5)
 
 
 def test_an_epoch_has_every_row_once_and_a_batch_depends_on_its_step_alone() -> None:

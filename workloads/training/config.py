@@ -7,6 +7,9 @@ from pydantic import Field, model_validator
 from workbench.config import Config
 from workbench.resources import Placed
 
+LOSS_CHUNK = 512
+"""Target tokens whose logits exist at once, where nothing else is said."""
+
 
 class AdapterConfig(Config):
     """A LoRA adapter: what is added to each targeted linear layer."""
@@ -30,6 +33,9 @@ class TrainingConfig(Placed):
     final_learning_rate: float = Field(0.05, ge=0, le=1, description="end of the cosine, as a share of the peak")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay")
     gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the uniform distribution in the target")
+    z_loss: float = Field(0.0, ge=0, description="weight of the squared log of the softmax's normaliser; 1e-4 is usual")
+    loss_chunk: int = Field(LOSS_CHUNK, ge=0, description="target tokens whose logits exist at once; 0: all")
     log_every: int = Field(10, ge=1, description="steps between two rows of metrics")
     validate_every: int = Field(50, ge=0, description="steps between two validation losses; 0: only at the end")
     checkpoint_every: int = Field(100, ge=0, description="steps between two checkpoints; 0: none")

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from workloads.training.batches import Batches, Row
-from workloads.training.config import TrainingConfig
+from workloads.training.config import LOSS_CHUNK, TrainingConfig
 from workloads.training.fsdp import evaluation_mode, global_norm_clip, last_backward
-from workloads.training.losses import summed_loss
+from workloads.training.losses import summed_loss, training_loss
 
 
 class Events(Protocol):
@@ -35,7 +35,7 @@ class Events(Protocol):
 
 @dataclass
 class History:
-    """Loss curves: (steps done, mean loss in nats per target token)."""
+    """Loss curves: (steps done, mean cross-entropy in nats per target token), whatever else is minimised."""
 
     train: list[tuple[int, float]] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
@@ -60,6 +60,7 @@ def train(
     history = History()
     loss_since_log = torch.zeros((), dtype=torch.float64, device=device)
     steps_since_log = 0
+    minimised = training_loss(config)
     model.train()
 
     for step in range(start, config.steps):
@@ -72,9 +73,9 @@ def train(
         micro_batches = list(_micro_batches(batch[rank::world], config.micro_batch_size))
         for number, rows in enumerate(micro_batches):
             last_backward(model, number == len(micro_batches) - 1)  # shards meet once a step
-            loss = summed_loss(model, rows, device) / targets
-            (loss * world).backward()  # FSDP averages gradients over ranks, and the loss is a sum over them
-            loss_since_log += loss.detach()
+            losses = summed_loss(model, rows, device, minimised, config.loss_chunk)
+            (losses.objective * world / targets).backward()  # FSDP averages gradients over ranks; the loss is a sum
+            loss_since_log += losses.cross_entropy / targets
         norm = global_norm_clip(model, config.gradient_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -90,7 +91,7 @@ def train(
             loss_since_log.zero_()
             steps_since_log = 0
         if validation and (done == config.steps or (config.validate_every and done % config.validate_every == 0)):
-            held_out = mean_loss(model, validation, config.batch_size, device)
+            held_out = mean_loss(model, validation, config.batch_size, device, config.loss_chunk)
             history.validation.append((done, held_out))
             if rank == 0:
                 events.log(done, validation_loss=held_out)
@@ -109,8 +110,10 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, rows: Sequence[Row], batch_size: int, device: torch.device) -> float:
-    """Mean loss in nats per target token over ``rows``, the same on every rank."""
+def mean_loss(
+    model: nn.Module, rows: Sequence[Row], batch_size: int, device: torch.device, chunk: int = LOSS_CHUNK
+) -> float:
+    """Mean cross-entropy in nats per target token over ``rows``, the same on every rank."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = max(1, batch_size // world)
     by_length = sorted(rows, key=lambda row: len(row.ids))  # alike lengths pad little
@@ -120,7 +123,7 @@ def mean_loss(model: nn.Module, rows: Sequence[Row], batch_size: int, device: to
             rest = by_length[start : start + share * world]
             mine = rest[rank::world] or rest[:1]
             weight = 1.0 if rest[rank::world] else 0.0
-            total += weight * summed_loss(model, mine, device)
+            total += weight * summed_loss(model, mine, device, chunk=chunk).cross_entropy
     return float(_sum_over_ranks(total)) / sum(row.targets for row in rows)
 
 

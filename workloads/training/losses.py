@@ -1,22 +1,46 @@
-"""The loss of rows, as the sum over their target tokens."""
+"""The loss of rows, as the sum over their target tokens, and the losses that training may ask for."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from workloads.training.batches import IGNORE, Row, collate
+from workloads.training.batches import Row, collate
+from workloads.training.chunked_loss import Losses, LossFunction, cross_entropy, loss_of
+from workloads.training.config import LOSS_CHUNK, TrainingConfig
 
 
-def summed_loss(model: nn.Module, rows: Sequence[Row], device: torch.device) -> Tensor:
-    """Cross-entropy in nats, summed over the target tokens of ``rows``; a scalar in float32."""
+def summed_loss(
+    model: nn.Module,
+    rows: Sequence[Row],
+    device: torch.device,
+    loss: LossFunction = cross_entropy,
+    chunk: int = LOSS_CHUNK,
+) -> Losses:
+    """``loss`` over the target tokens of ``rows``, and their cross-entropy for reports.
+
+    Logits are made only at positions that predict a target, ``chunk`` of them at a time.
+    """
     batch = collate(rows, device)
-    ids_BT, labels_BT = batch.ids_BT, batch.labels_BT
-    # Logits are made only from the first position that predicts a target: instructions are long, answers short.
-    first = int((labels_BT[:, 1:] != IGNORE).any(0).int().argmax())
-    kept = torch.arange(first, ids_BT.shape[1] - 1, device=device)
-    logits_BKV = model(**batch.inputs, use_cache=False, logits_to_keep=kept).logits
-    return F.cross_entropy(
-        logits_BKV.flatten(0, 1).float(), labels_BT[:, first + 1 :].flatten(), ignore_index=IGNORE, reduction="sum"
-    )
+    return loss_of(model, batch.inputs, batch.labels_BT, loss, chunk)
+
+
+def training_loss(config: TrainingConfig) -> LossFunction:
+    """What ``config`` says to minimise."""
+    if not config.label_smoothing and not config.z_loss:
+        return cross_entropy
+    return partial(regularised_cross_entropy, label_smoothing=config.label_smoothing, z_loss=config.z_loss)
+
+
+def regularised_cross_entropy(logits_NV: Tensor, labels_N: Tensor, *, label_smoothing: float, z_loss: float) -> Tensor:
+    """Cross-entropy against the label mixed with the uniform distribution, plus ``z_loss`` times log squared of the
+    softmax's normaliser, summed.
+
+    Label smoothing is Szegedy et al. 2015, arXiv:1512.00567; z-loss, Chowdhery et al. 2022, arXiv:2204.02311.
+    """
+    normaliser_N = logits_NV.logsumexp(-1)
+    chosen_N = logits_NV.gather(-1, labels_N[:, None])[:, 0]
+    mean_N = logits_NV.mean(-1)
+    smoothed_N = normaliser_N - (1 - label_smoothing) * chosen_N - label_smoothing * mean_N
+    return (smoothed_N + z_loss * normaliser_N**2).sum()
