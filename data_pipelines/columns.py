@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_pipelines.conversations import ExchangeColumns, Form, SchemaError, looks_like, read_exchange
 from data_pipelines.sources import Row
+from workbench.conversations import ExchangeColumns, Form, SchemaError, looks_like, read_exchange
 from workbench.errors import UserError
 
 LONGEST_ID = 128

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from data_pipelines.conversations import Form
 from workbench.config import Config, resolve_path, runs_root
+from workbench.conversations import Form
 from workbench.errors import UserError
 from workbench.redact import redact
 
@@ -54,7 +54,7 @@ class Reading(Config):
     def columns(self) -> "Columns":
         """The column mapping."""
         from data_pipelines.columns import Columns
-        from data_pipelines.conversations import ExchangeColumns
+        from workbench.conversations import ExchangeColumns
 
         exchange = ExchangeColumns(self.instruction_column, self.input_column, self.output_column, self.messages_column)
         return Columns(self.text_column, self.title_column, self.source_column, self.id_column, self.form, exchange)

@@ -16,11 +16,11 @@ import pytest
 
 from data_pipelines import textfiles
 from data_pipelines.columns import Columns
-from data_pipelines.conversations import ExchangeColumns, Form, SchemaError, looks_like, read_exchange
 from data_pipelines.parsers import Unreadable, html_text, pdf_text
 from data_pipelines.reading import Reading, open_reading
 from data_pipelines.sources import Row
 from data_pipelines.textfiles import text_files
+from workbench.conversations import ExchangeColumns, Form, SchemaError, looks_like, read_exchange
 from workbench.errors import UserError
 
 PDF = (
