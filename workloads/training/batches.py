@@ -1,5 +1,6 @@
 """Token rows, the global batch of each step, and its padded tensors."""
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -114,4 +115,4 @@ def collate(rows: Sequence[Row], device: torch.device) -> Collated:
 def _positions(row: Row, length: int) -> Tensor:
     """Positions of a packed row and its padding, which counts as an example of its own."""
     edges = sorted({0, *row.starts, len(row.ids), length})
-    return torch.cat([torch.arange(end - start) for start, end in zip(edges, edges[1:], strict=False)])
+    return torch.cat([torch.arange(end - start) for start, end in itertools.pairwise(edges)])
