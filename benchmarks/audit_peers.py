@@ -117,7 +117,7 @@ def execute(command: list[str], out: Path, own: Mapping[str, str] | None = None)
 
 def removed_by_ours(out: Path) -> int:
     """How many documents the audit would remove."""
-    summary = read_json(max((out / "data-audit").iterdir()) / "summary.json")
+    summary = read_json(max((out / "data-audit").glob("2*/summary.json")))
     return int(summary["documents"] - summary["kept"])
 
 

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from data_pipelines.audited import open_audit
 from data_pipelines.measure import content_key
 from data_pipelines.statistics import snippet
-from data_pipelines.version import open_audit, version_of
 from workbench.config import Config, InputPath
+from workbench.data_version import version_of
 from workbench.runs import Run, Summary
 
 SHOWN = 20

@@ -21,7 +21,7 @@ from data_pipelines.index import Index, conflicting
 from data_pipelines.leakage import Leak, Runs, find_leaks, longest_shared
 from data_pipelines.pii import KINDS
 from data_pipelines.statistics import Statistics
-from data_pipelines.version import Version
+from workbench.data_version import Version
 
 SHARDS = 16
 LARGEST = 10

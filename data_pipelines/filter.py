@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
 
+from data_pipelines.audited import open_audit
 from data_pipelines.pii import KINDS, redact
 from data_pipelines.rules import Rule
-from data_pipelines.version import open_audit, version_of
 from workbench.config import Config, InputPath
+from workbench.data_version import version_of
 from workbench.errors import Failure, UserError
 from workbench.runs import Run, Summary
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipelines.collection import ID_BYTES
-from data_pipelines.version import Version
+from workbench.data_version import Version
 from workbench.errors import UserError
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from workbench.data_version import version_of
 from workbench.errors import UserError
 from workloads.chemistry import Molecule, answers
 
@@ -62,6 +63,14 @@ def document_files(folder: Path) -> list[Path]:
         ):
             raise UserError(f"documents: the column 'text' of {file} holds {kind}, not text")
     return files
+
+
+def documents_version(folder: Path) -> str | None:
+    """The data version of documents with ids, as ``data audit`` and ``data filter`` tell it; None without ids."""
+    import pyarrow.dataset as ds
+
+    documents = ds.dataset([str(file) for file in document_files(folder)], format="parquet")
+    return version_of(documents) if "id" in documents.schema.names else None
 
 
 def read_documents(folder: Path, *, limit: int, characters: int) -> list[str]:
