@@ -1,0 +1,168 @@
+"""Rows to fine-tune on, read one by one from files in any of the usual forms, as conversations.
+
+    alpaca    {"instruction": ..., "input": ..., "output": ...}
+    sharegpt  {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}
+    chat      {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
+    documents of ``data audit`` and ``data filter`` that were read from one of these
+
+A file is JSON Lines, one JSON array, or Parquet; a folder is its files. The form is told by the first row of each file.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from workbench.conversations import ExchangeColumns, Form, Message, SchemaError, looks_like, read_exchange
+from workbench.errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+FORMS = "instruction and output (Alpaca), conversations (ShareGPT) or messages (chat)"
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns of system, user, assistant and tool, an answer among them. ``source`` is the row's own id, or FILE:ROW."""
+
+    messages: list[Message]
+    source: str
+
+    @property
+    def turns(self) -> list[dict[str, str]]:
+        """The messages as chat templates take them."""
+        return [{"role": message.role, "content": message.content} for message in self.messages]
+
+
+def data_files(paths: Sequence[Path]) -> list[Path]:
+    """``paths`` with folders replaced by the files in them, by name. Raises UserError for a folder without any."""
+    files: list[Path] = []
+    for path in paths:
+        found = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES) if path.is_dir() else [path]
+        if not found:
+            raise UserError(f"data: no {', '.join(SUFFIXES)} file in {path}")
+        files += found
+    return files
+
+
+def conversations(paths: Sequence[Path]) -> Iterator[Conversation]:
+    """Every row of ``paths`` in order. Raises UserError with file and row of one that is not of its file's form, and
+    for a file without rows."""
+    for file in data_files(paths):
+        form: Form | None = None
+        for number, record in records(file):
+            place = f"{file}:{number}"
+            form = form or _form(record, place)
+            try:
+                messages = _messages(record, form)
+            except SchemaError as error:
+                raise UserError(f"{place}: {error}") from None
+            key = record.get("id")
+            yield Conversation(messages, str(key) if isinstance(key, str | int) and key != "" else place)
+        if form is None:
+            raise UserError(f"data: no rows in {file}")
+
+
+def write_conversations(rows: Iterable[Conversation], file: Path) -> None:
+    """One object of ``id`` (the source) and ``messages`` a line: a chat set that can be trained on again."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", encoding="utf-8") as stream:
+        for row in rows:
+            stream.write(json.dumps({"id": row.source, "messages": row.turns}) + "\n")
+
+
+def read_conversations(file: Path, start: int = 0, end: int | None = None) -> Iterator[Conversation]:
+    """What ``write_conversations`` wrote, or the lines of it that begin in the bytes ``[start, end)``."""
+    with file.open("rb") as stream:
+        stream.seek(start)
+        while (end is None or stream.tell() < end) and (line := stream.readline()):
+            row = json.loads(line)
+            yield Conversation([Message(**turn) for turn in row["messages"]], row["id"])
+
+
+def records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The number (from 1) and the columns of each row of ``file``: a line that is not blank, an item, or a record.
+
+    Of an audit's documents those that are to be removed are left out. Raises UserError for what cannot be read.
+    """
+    read = {".parquet": _parquet, ".json": _array}.get(file.suffix, _lines)
+    for number, record in read(file):
+        if not isinstance(record, dict):
+            raise UserError(f"{file}:{number}: a row is an object with {FORMS}")
+        if record.get("keep", True):
+            yield number, record
+
+
+def _lines(file: Path) -> Iterator[tuple[int, Any]]:
+    number = 0
+    try:
+        with file.open(encoding="utf-8") as stream:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield number, json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{number}: not JSON: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}:{number + 1}: not UTF-8: {error.reason}") from None
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from None
+
+
+def _array(file: Path) -> Iterator[tuple[int, Any]]:
+    with file.open(encoding="utf-8") as stream:
+        opening = stream.read(4096).lstrip()[:1]
+    if opening != "[":  # JSON Lines by another name
+        yield from _lines(file)
+        return
+    try:
+        yield from enumerate(json.loads(file.read_text(encoding="utf-8")), 1)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}:{error.lineno}: not JSON: {error.msg}") from None
+
+
+def _parquet(file: Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        parquet = pq.ParquetFile(file)
+        names = parquet.schema_arrow.names
+        wanted = [name for name in ("id", "keep", "conversation", "messages", "conversations") if name in names]
+        wanted += [name for name in ("instruction", "input", "output") if name in names]
+        for batch in parquet.iter_batches(batch_size=1024, columns=wanted):
+            for record in batch.to_pylist():
+                number += 1
+                yield number, record
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{file}:{number + 1}: not Parquet: {error}") from None
+
+
+def _form(record: Mapping[str, Any], place: str) -> Form:
+    if record.get("conversation") is not None:
+        return "text"  # a document, whose messages the audit has written down
+    form = looks_like(list(record))
+    if form is None:
+        raise UserError(f"{place}: a row has {FORMS}; this one has {', '.join(map(str, record)) or 'nothing'}")
+    return form
+
+
+def _messages(record: Mapping[str, Any], form: Form) -> list[Message]:
+    if form == "text":
+        if not record.get("conversation"):
+            raise SchemaError("a document without a conversation: audit the set with form=alpaca, sharegpt or chat")
+        return [Message(role, content) for role, content in json.loads(record["conversation"])]
+    messages = read_exchange(record, form, ExchangeColumns())
+    if form != "alpaca":
+        _check_words_alone(record.get("messages" if form == "chat" else "conversations") or ())
+    return messages
+
+
+def _check_words_alone(turns: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse what ``read_exchange`` passes over, as an audit may and training may not."""
+    for turn in turns:
+        if turn.get("tool_calls"):
+            raise SchemaError("a message with tool_calls, which cannot be trained on: write the call as its content")
+        content = turn.get("content")
+        if isinstance(content, list) and any(part.get("type", "text") != "text" for part in content):
+            raise SchemaError("a message with parts that are no text")

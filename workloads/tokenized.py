@@ -1,0 +1,186 @@
+"""Conversations as token rows on disk, made once for all workers, trials and later runs, and read memory-mapped.
+
+    folder = tokenize(run.artifact("train.jsonl"), recipe, cache_folder())
+    rows = TokenRows(folder)
+
+A set of rows is a folder named by what it was made from: the content of the file, the tokenizer with its template, and
+how rows are cut. It has Arrow files of ``ids`` and ``learned`` (lists of one length) and ``source``, in the order of
+the file, and ``counts.json``. Many rows are tokenized by Ray Data, on whichever hosts have CPUs to spare; they see the
+runs root, as all hosts of a cluster do.
+"""
+
+import bisect
+import hashlib
+import itertools
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+
+from workbench.config import runs_root
+from workbench.files import fingerprint, read_json, write_json
+from workloads.chat_templates import load_tokenizer
+from workloads.conversations import read_conversations
+from workloads.encoding import Counts, Recipe, encode
+from workloads.training.batches import IGNORE, Row
+
+LAYOUT = 1
+"""Changed with what a set of rows holds, or how it comes about: older sets are then not found any more."""
+SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("learned", pa.list_(pa.uint8())), ("source", pa.string())])
+ROWS_AT_ONCE = 256
+SHARD_BYTES = 8 << 20
+"""Of the file of conversations: what one task of Ray Data tokenizes. A smaller file is not worth the tasks."""
+UNUSED_DAYS = 30
+"""After which a set of rows is removed."""
+
+
+def cache_folder() -> Path:
+    """Where sets of rows are kept: below the runs root, which all hosts of a cluster share."""
+    return runs_root() / "cache" / "tokens"
+
+
+def tokenize(file: Path, recipe: Recipe, cache: Path, *, spread: bool = False) -> Path:
+    """The folder of the rows of ``file``, made if ``cache`` lacks it; with ``spread`` by Ray Data where it is large.
+
+    Raises UserError for a tokenizer, template or conversation that cannot be used.
+    """
+    tokenizer = load_tokenizer(recipe.base, recipe.chat_template)
+    folder = cache / _key(file, recipe, tokenizer)
+    if (folder / "counts.json").is_file():
+        os.utime(folder)
+        return folder
+    _remove_unused(cache)
+    partial = cache / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
+    partial.mkdir(parents=True)
+    try:
+        ranges = list(_ranges(file))
+        if spread and len(ranges) > 1:
+            counts = _by_ray_data(file, ranges, recipe, tokenizer, partial)
+        else:
+            counts = tokenize_range(file, (0, file.stat().st_size), recipe, tokenizer, partial / "part-00000.arrow")
+        write_json(partial / "counts.json", asdict(counts))
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not (folder / "counts.json").is_file():  # otherwise another trial has made the same
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def tokenize_range(file: Path, between: tuple[int, int], recipe: Recipe, tokenizer: Any, shard: Path) -> Counts:
+    """Write the rows of the bytes ``between`` of ``file`` to ``shard``, whole or not at all."""
+    counts = Counts()
+    partial = shard.with_name(f".{shard.name}.{uuid.uuid4().hex[:8]}.partial")
+    with pa.OSFile(str(partial), "wb") as stream, pa.ipc.new_file(stream, SCHEMA) as writer:
+        rows = read_conversations(file, *between)
+        while chosen := list(itertools.islice(rows, ROWS_AT_ONCE)):
+            made, what = encode(chosen, tokenizer, recipe)
+            counts += what
+            writer.write_batch(_as_arrow(made))
+    partial.rename(shard)
+    return counts
+
+
+class TokenRows(Sequence[Row]):
+    """The rows of a folder that ``tokenize`` made. They stay on disk: a rank holds its batch and the lengths."""
+
+    def __init__(self, folder: Path) -> None:
+        self.counts = Counts(**read_json(folder / "counts.json"))
+        self._batches: list[pa.RecordBatch] = []
+        for shard in sorted(folder.glob("part-*.arrow")):
+            reader = pa.ipc.open_file(pa.memory_map(str(shard)))
+            self._batches += [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        self._ends = list(itertools.accumulate(batch.num_rows for batch in self._batches))
+        offsets = [batch.column("ids").offsets.to_numpy() for batch in self._batches]
+        self.lengths: Sequence[int] = np.concatenate([np.diff(each) for each in offsets]).tolist() if offsets else []
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, place: int) -> Row: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Row]: ...
+    def __getitem__(self, place: int | slice) -> Row | list[Row]:
+        if isinstance(place, slice):
+            return [self[index] for index in range(*place.indices(len(self)))]
+        place = range(len(self))[place]
+        number = bisect.bisect_right(self._ends, place)
+        batch = self._batches[number]
+        within = place - (self._ends[number] - batch.num_rows)
+        ids = batch.column("ids")[within].values.to_numpy()
+        learned = batch.column("learned")[within].values.to_numpy()
+        labels = np.where(learned, ids, IGNORE)
+        return Row(ids.tolist(), labels.tolist(), (batch.column("source")[within].as_py(),))
+
+
+def _key(file: Path, recipe: Recipe, tokenizer: Any) -> str:
+    tokens = tokenizer.backend_tokenizer.to_str() + tokenizer.get_chat_template() + tokenizer.eos_token
+    parts = (LAYOUT, fingerprint(file), tokens, recipe.max_length, recipe.train_on)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _as_arrow(rows: Sequence[Row]) -> pa.RecordBatch:
+    offsets = pa.array(np.cumsum([0, *(len(row.ids) for row in rows)]), pa.int32())
+    ids = np.fromiter(itertools.chain.from_iterable(row.ids for row in rows), np.int32)
+    labels = np.fromiter(itertools.chain.from_iterable(row.labels for row in rows), np.int32)
+    columns = [
+        pa.ListArray.from_arrays(offsets, pa.array(ids)),
+        pa.ListArray.from_arrays(offsets, pa.array((labels != IGNORE).astype(np.uint8))),
+        pa.array([row.sources[0] for row in rows], pa.string()),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def _ranges(file: Path) -> Iterator[tuple[int, int]]:
+    """Bytes ``[start, end)`` of about ``SHARD_BYTES`` that begin and end with a line."""
+    size, start = file.stat().st_size, 0
+    with file.open("rb") as stream:
+        while start < size:
+            stream.seek(min(size, start + SHARD_BYTES))
+            stream.readline()
+            yield start, stream.tell()
+            start = stream.tell()
+
+
+def _by_ray_data(file: Path, ranges: Sequence[tuple[int, int]], recipe: Recipe, tokenizer: Any, folder: Path) -> Counts:
+    """A task and a shard for each range: one that is run twice, because its host died, writes the same."""
+    import ray
+    from ray.exceptions import RayTaskError
+
+    shared = ray.put(tokenizer)
+
+    def tokenize_one(item: dict[str, Any]) -> dict[str, Any]:
+        shard = folder / f"part-{item['number']:05d}.arrow"
+        return asdict(tokenize_range(file, (item["start"], item["end"]), recipe, ray.get(shared), shard))
+
+    items = [{"number": number, "start": start, "end": end} for number, (start, end) in enumerate(ranges)]
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # tells that the bars are off
+    dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(tokenize_one)
+    total = Counts()
+    try:
+        for made in dataset.iter_rows():
+            total += Counts(**made)
+    except RayTaskError as error:
+        raise error.cause if isinstance(error.cause, Exception) else error from None
+    return total
+
+
+def _remove_unused(cache: Path) -> None:
+    oldest = time.time() - UNUSED_DAYS * 24 * 3600
+    for folder in cache.glob("*") if cache.is_dir() else ():
+        if folder.stat().st_mtime < oldest:
+            shutil.rmtree(folder, ignore_errors=True)
