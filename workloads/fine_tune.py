@@ -12,6 +12,7 @@ from workloads.instructions import Instruction, encode, read_jsonl
 from workloads.sft import SftConfig
 from workloads.training.adapters import add_adapter, load_base, save_adapter, trainable_parameters
 from workloads.training.batches import Batches, Row
+from workloads.training.compiling import prepare_layers
 from workloads.training.devices import device_of
 from workloads.training.fsdp import full_state, shard, sharded_bytes
 from workloads.training.loop import Events, History, train
@@ -71,9 +72,7 @@ def fine_tune(
     torch.manual_seed(config.seed)  # the same new adapter on every rank
     if config.method == "lora":
         model = add_adapter(model, config.adapter)
-    if config.gradient_checkpointing:
-        model.enable_input_require_grads()
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    prepare_layers(model, config)
     if torch.distributed.is_initialized() and config.strategy == "fsdp2":
         shard(model, getattr(torch, config.compute_dtype))
     optimizer = torch.optim.AdamW(

@@ -16,6 +16,7 @@ from workloads.corpus import molecule_records, read_documents, sequences
 from workloads.pretrain import PretrainConfig
 from workloads.tokenizer import train_tokenizer
 from workloads.training.batches import Batches, Row
+from workloads.training.compiling import prepare_layers
 from workloads.training.devices import device_of
 from workloads.training.fsdp import full_state, shard
 from workloads.training.loop import train
@@ -86,6 +87,7 @@ def pretrain_worker(payload: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(config.seed)  # the same new weights on every rank
     model = LlamaForCausalLM(llama_config(config, tokenizer)).to(device)
     parameters = model.num_parameters()
+    prepare_layers(model, config)
     if torch.distributed.is_initialized() and config.strategy == "fsdp2":
         shard(model, getattr(torch, config.compute_dtype))
     optimizer = torch.optim.AdamW(

@@ -49,6 +49,7 @@ class TrainingConfig(Placed):
         "auto", description="of the computation; auto: bfloat16 on CUDA, float32 on a CPU"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    compile: bool = Field(False, description="compile the decoder layers; the first steps take minutes")
     max_failures: int = Field(2, ge=0, description="times that a dead worker is replaced, from the last checkpoint")
 
     @model_validator(mode="after")
