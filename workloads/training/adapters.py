@@ -3,6 +3,7 @@
 QLoRA is Dettmers et al. 2023, arXiv:2305.14314; LoRA is Hu et al. 2021, arXiv:2106.09685.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,12 +11,24 @@ import torch
 from torch import nn
 
 from workloads.training.config import AdapterConfig
+from workloads.training.nf4 import Kernel, kernel_for, quantize_experts, stacked_experts, use_nf4_linear
+
+ALL_LINEAR = "all-linear"
 
 
-def load_base(base: str, dtype: str, quantization: Literal["nf4", "none"], device: torch.device) -> Any:
+def load_base(
+    base: str,
+    dtype: str,
+    quantization: Literal["nf4", "none"],
+    device: torch.device,
+    *,
+    kernel: Kernel = "auto",
+    unquantized: Collection[str] = (),
+) -> Any:
     """The causal language model at ``base`` (a folder or a hub name) in ``dtype``, on ``device``.
 
-    NF4 is stored in ``dtype``, not in bytes: FSDP2 then moves the packed weights like any other parameter.
+    With NF4 every linear layer but the head is an ``NF4Linear``, and stacked experts are quantised too, except those
+    that ``unquantized`` names (an adapter's targets: PEFT adds their update to the whole stack).
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging
@@ -29,26 +42,56 @@ def load_base(base: str, dtype: str, quantization: Literal["nf4", "none"], devic
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=number,
-        bnb_4bit_quant_storage=number,
     )
-    return AutoModelForCausalLM.from_pretrained(base, dtype=number, quantization_config=nf4, device_map={"": device})
+    # Stacked experts are read in full precision: more than a card may hold, so they go there one by one, packed.
+    first = torch.device("cpu") if stacked_experts(empty_model(base)) else device
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=number, quantization_config=nf4, device_map={"": first})
+    use_nf4_linear(model, kernel_for(kernel, device))
+    quantize_experts(model, device, kernel_for(kernel, device), unquantized)
+    return model.to(device)
+
+
+def empty_model(base: str) -> Any:
+    """The model at ``base`` without weights, on torch's meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
 
 
 def add_adapter(model: Any, adapter: AdapterConfig) -> Any:
-    """Freeze ``model`` and put a new adapter on it, drawn from torch's generator: seed it alike on every rank."""
+    """Freeze ``model`` and put a new adapter on it, drawn from torch's generator: seed it alike on every rank.
+
+    A target is the name of linear layers, or of a weight that holds a stack of experts (``experts.down_proj``).
+    """
     from peft import LoraConfig, get_peft_model
 
-    targets = adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    names = target_names(adapter)
+    stacks = [f"{name}.{own}" for name, _, own in stacked_experts(model)]
+    experts = [name for name in names if any(is_named(stack, name) for stack in stacks)]
+    linear = [name for name in names if name not in experts]
     lora = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
-        target_modules=targets,
+        target_modules=(linear or None) if names else ALL_LINEAR,
+        target_parameters=experts or None,
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, lora)
+
+
+def target_names(adapter: AdapterConfig) -> list[str]:
+    """The names that an adapter's ``targets`` gives; none for all-linear."""
+    names = [adapter.targets] if isinstance(adapter.targets, str) else adapter.targets
+    return [] if names == [ALL_LINEAR] else names
+
+
+def is_named(path: str, target: str) -> bool:
+    """Whether ``path`` (``model.layers.0.self_attn.q_proj``) ends with the whole parts of ``target`` (``q_proj``)."""
+    return path == target or path.endswith(f".{target}")
 
 
 def save_adapter(model: Any, state: dict[str, torch.Tensor], folder: Path) -> None:

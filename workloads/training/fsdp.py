@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.parametrize import ParametrizationList
 
 from workbench.errors import Failure
+from workloads.training.nf4 import PackedScales
 
 
 def shard(model: nn.Module, compute_dtype: torch.dtype) -> None:
     """Shard ``model`` in place over all ranks of the default process group.
 
     Each decoder layer is gathered for its own forward and backward; embeddings, final norm and head form the root.
-    Call it before any forward pass: on CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights in a forward pass.
-    Raises Failure where 4-bit weights are stored in another dtype than the one FSDP would cast parameters to.
+    Raises Failure where 4-bit weights are stored in a dtype that FSDP would cast.
     """
     stored = {parameter.dtype for parameter in model.parameters()}
     policy = MixedPrecisionPolicy(
@@ -33,9 +34,14 @@ def shard(model: nn.Module, compute_dtype: torch.dtype) -> None:
 
 
 def check_storage(model: nn.Module, policy: MixedPrecisionPolicy) -> None:
-    """Refuse the combination that trains on noise: FSDP2 would cast packed 4-bit bytes as if they were numbers."""
+    """Refuse what trains on noise: FSDP2 casts every floating parameter, packed 4-bit bytes as if they were numbers.
+
+    An ``NF4Linear`` holds bytes, which are never cast. bitsandbytes' own layer holds them in ``quant_storage``, keeps
+    its scales whole on every rank, and may pack its weights anew in a forward pass.
+    """
     for name, parameter in model.named_parameters():
-        if is_packed(parameter) and policy.param_dtype not in (None, parameter.dtype):
+        whole = parameter.dtype.is_floating_point and policy.param_dtype not in (None, parameter.dtype)
+        if is_packed(model, name) and whole:
             raise Failure(
                 f"{name} holds packed 4-bit weights in {parameter.dtype}, and FSDP would cast them to "
                 f"{policy.param_dtype}: load with bnb_4bit_quant_storage={policy.param_dtype}"
@@ -50,19 +56,30 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
-def is_packed(parameter: Tensor) -> bool:
-    """Whether it holds 4-bit weights: bitsandbytes keeps a quantisation state beside them."""
-    return getattr(parameter, "quant_state", None) is not None
+def is_packed(model: nn.Module, name: str) -> bool:
+    """Whether the parameter ``name`` holds 4-bit weights, or their scales: ours, or those of bitsandbytes' layer."""
+    owner, _, own = name.rpartition(".")
+    module = model.get_submodule(owner)
+    packed = isinstance(module, PackedScales) or (isinstance(module, ParametrizationList) and own == "original")
+    return (packed and own != "bias") or getattr(module._parameters[own], "quant_state", None) is not None
 
 
 def sharded_bytes(model: nn.Module) -> dict[str, int]:
-    """What this rank stores: ``local`` bytes of all parameters, and the ``whole`` bytes they are shards of."""
-    local = whole = 0
-    for parameter in model.parameters():
-        whole += parameter.numel() * parameter.element_size()
+    """What this rank stores of all parameters: ``local`` bytes, of the ``whole`` that they are shards of; the same of
+    4-bit weights alone (``local_packed``, ``whole_packed``) and of their scales (``local_scales``, ``whole_scales``).
+    """
+    held = dict.fromkeys(("local", "whole", "local_packed", "whole_packed", "local_scales", "whole_scales"), 0)
+    for name, parameter in model.named_parameters():
         mine = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        local += mine.numel() * mine.element_size()
-    return {"local": local, "whole": whole}
+        kind = ""
+        if is_packed(model, name):
+            kind = "_scales" if name.endswith("absmax") else "_packed"
+        for part, tensor in (("local", mine), ("whole", parameter)):
+            size = tensor.numel() * tensor.element_size()
+            held[part] += size
+            if kind:
+                held[part + kind] += size
+    return held
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
@@ -89,14 +106,8 @@ def global_norm_clip(model: nn.Module, limit: float) -> Tensor:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout inside. bitsandbytes' layers stay in training mode: in evaluation they repack a gathered weight in
-    place on CPUs with AVX512-BF16, and the next gather would mix the two layouts."""
-    from bitsandbytes.nn import Linear4bit
-
+    """No dropout inside."""
     model.eval()
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.training = True
     try:
         yield
     finally:

@@ -14,6 +14,7 @@ nothing but the bytes is kept.
 
 import functools
 import importlib.util
+from collections.abc import Collection
 from typing import Any, Literal
 
 import torch
@@ -122,7 +123,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 linear.register_autograd(_backward, setup_context=_save)
 
 
-class _Packed(nn.Module):
+def packed_bytes(numbers: int) -> int:
+    """The bytes that a weight of ``numbers`` takes in NF4: packed, and both levels of its scales."""
+    scales = -(-numbers // 64)
+    return -(-numbers // 2) + scales + 4 * (-(-scales // 256) + 1)
+
+
+class PackedScales(nn.Module):
     """The scales and tables of one weight of ``shape``."""
 
     absmax: nn.Parameter
@@ -152,7 +159,7 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.reshape(-1).view(torch.uint8), requires_grad=False)
 
 
-class NF4Linear(_Packed, nn.Linear):
+class NF4Linear(PackedScales, nn.Linear):
     """A frozen linear layer made of bitsandbytes' ``layer`` (a quantised ``Linear4bit``), whose bytes it shares.
 
     Input and output are ``[..., in_features]`` and ``[..., out_features]``; it computes in ``compute_dtype``. Any eval
@@ -177,7 +184,7 @@ class NF4Linear(_Packed, nn.Linear):
         return y.to(x.dtype)
 
 
-class NF4Stack(_Packed):
+class NF4Stack(PackedScales):
     """What undoes a stacked weight ``[experts, ...]``: a parametrization of it, whose ``original`` are its bytes."""
 
     def __init__(self, state: Any, kernel: str) -> None:
@@ -210,11 +217,14 @@ def use_nf4_linear(model: nn.Module, kernel: str) -> None:
             model.set_submodule(name, NF4Linear(module, kernel))
 
 
-def quantize_experts(model: nn.Module, device: torch.device, kernel: str) -> None:
-    """Quantise the stacked experts on ``device``, one at a time: ``load_in_4bit`` leaves them as they are."""
+def quantize_experts(model: nn.Module, device: torch.device, kernel: str, but: Collection[str] = ()) -> None:
+    """Quantise the stacked experts on ``device``, one at a time, except those whose path ends with a name in ``but``.
+    bitsandbytes' loading leaves them as they are: they are no linear layers."""
     from bitsandbytes.functional import quantize_4bit
 
-    for _, module, name in stacked_experts(model):
+    for path, module, name in stacked_experts(model):
+        if any(f".{path}.{name}".endswith(f".{whole}") for whole in but):
+            continue
         stack = getattr(module, name).data.to(device)
         packed, state = quantize_4bit(stack.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4")
         setattr(module, name, _frozen(packed))
