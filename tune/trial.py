@@ -9,6 +9,7 @@ from torch import nn, optim
 from tune.space import at_point
 from workbench.config import adopt_environment
 from workbench.runs import Run
+from workloads.training.history import History
 
 
 class TrialEvents:
@@ -19,7 +20,7 @@ class TrialEvents:
         if "validation_loss" in values:
             tune.report({"step": step, **values})
 
-    def checkpoint(self, step: int, model: nn.Module, optimizer: optim.Optimizer) -> None:
+    def checkpoint(self, history: History, model: nn.Module, optimizer: optim.Optimizer) -> None:
         """A trial is short: it starts again rather than resume."""
 
 

@@ -78,11 +78,15 @@ def _line(error: Exception) -> str:
 
 
 class Tracker:
-    """Appends metrics of one run; the writers start with the first row, so a run without metrics costs nothing."""
+    """Appends metrics of one run; the writers start with the first row, so a run without metrics costs nothing.
 
-    def __init__(self, folder: Path, config: dict[str, Any] | None = None) -> None:
+    ``first_step`` is where a run goes on that was cut short: TensorBoard forgets what it saw from there on.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any] | None = None, first_step: int | None = None) -> None:
         self.folder = folder
         self._config = config or {}
+        self._first_step = first_step
         self._started = False
 
     def log(self, step: int, **values: float) -> None:
@@ -119,7 +123,7 @@ class Tracker:
         from tensorboardX import SummaryWriter
 
         self._lines = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(self.folder / "tensorboard"), write_to_disk=True)
+        self._board = SummaryWriter(str(self.folder / "tensorboard"), write_to_disk=True, purge_step=self._first_step)
         self._wandb = self._start_wandb()
         self._started = True
 

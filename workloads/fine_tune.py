@@ -8,15 +8,19 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from workloads.instructions import Instruction, encode, read_jsonl
+from workloads.instructions import Instruction, encode, prompt, read_jsonl
 from workloads.sft import SftConfig
-from workloads.training.adapters import add_adapter, load_base, save_adapter, trainable_parameters
+from workloads.training.adapters import add_adapter, load_base, save_adapter, target_names, trainable_parameters
 from workloads.training.batches import Batches, Row
+from workloads.training.checkpoint import Export
 from workloads.training.compiling import prepare_layers
 from workloads.training.devices import device_of
 from workloads.training.fsdp import full_state, shard, sharded_bytes
-from workloads.training.loop import Events, History, train
+from workloads.training.history import History
+from workloads.training.loop import Events, train
 from workloads.training.ray_train import WorkerEvents
+from workloads.training.resume import SAMPLES
+from workloads.training.samples import Sampler
 
 
 @dataclass(frozen=True)
@@ -36,18 +40,20 @@ def sft_worker(payload: dict[str, Any]) -> dict[str, Any]:
 
     config: SftConfig = payload["config"]
     rank = ray.train.get_context().get_world_rank()
-    events = WorkerEvents(Path(payload["run_folder"]), rank)
     train_rows, held_out = (read_jsonl([Path(payload[part])]) for part in ("train", "validation"))
-    done = fine_tune(
-        config, train_rows, held_out, device=device_of(config), events=events, result=Path(payload["result"]), rank=rank
-    )
-    events.close()
+    export = export_adapter if config.method == "lora" else None
+    with WorkerEvents(Path(payload["run_folder"]), rank, config, export) as events:
+        done = fine_tune(
+            config, train_rows, held_out, device=device_of(config), events=events, result=Path(payload["result"]),
+            rank=rank,
+        )  # fmt: skip
     storage: list[Any] = [done.storage]
     if torch.distributed.is_initialized():
         storage = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(storage, done.storage)
     return {
-        "train": done.history.train, "validation": done.history.validation, "storage": storage,
+        "train": done.history.train, "validation": done.history.validation, "best": done.history.best,
+        "steps": done.history.step, "stopped_early": done.history.stopped_early, "storage": storage,
         "trained_parameters": done.trained_parameters, "truncated": done.truncated, "resumed_from": done.resumed_from,
     }  # fmt: skip
 
@@ -68,7 +74,10 @@ def fine_tune(
     rows = [encode(row, tokenizer, config.max_length) for row in train_rows]
     validation = [encode(row, tokenizer, config.max_length) for row in held_out]
 
-    model = load_base(config.base, config.compute_dtype, config.quantization, device)
+    model = load_base(
+        config.base, config.compute_dtype, config.quantization, device,
+        kernel=config.nf4_kernel, unquantized=target_names(config.adapter),
+    )  # fmt: skip
     torch.manual_seed(config.seed)  # the same new adapter on every rank
     if config.method == "lora":
         model = add_adapter(model, config.adapter)
@@ -78,8 +87,15 @@ def fine_tune(
     optimizer = torch.optim.AdamW(
         trainable_parameters(model), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
     )
-    start = events.resume(model, optimizer) if isinstance(events, WorkerEvents) else 0
-    storage = sharded_bytes(model)
+    history, sampler = History(), None
+    if isinstance(events, WorkerEvents):
+        history = events.resume(model, optimizer)
+        sampler = Sampler(
+            tokenizer, [prompt(row, tokenizer) for row in held_out[: config.sample_prompts]],
+            [row["output"] for row in held_out[: config.sample_prompts]], events.folder / SAMPLES, config.sample_every,
+            config.sample_tokens,
+        )  # fmt: skip
+    start, storage = history.step, sharded_bytes(model)
 
     history = train(
         model,
@@ -88,8 +104,11 @@ def fine_tune(
         validation=[Row(row.ids, row.labels) for row in validation],
         events=events,
         optimizer=optimizer,
-        start=start,
+        history=history,
+        sampler=sampler,
     )
+    if history.stopped_early and isinstance(events, WorkerEvents):
+        events.load_best(model)
     state = full_state(model)  # collective: every rank gathers, rank 0 writes
     if rank == 0:
         save_adapter(model, state, result)
@@ -99,3 +118,9 @@ def fine_tune(
         history, storage, sum(p.numel() for p in optimizer.param_groups[0]["params"]),
         sum(row.truncated for row in rows), start,
     )  # fmt: skip
+
+
+def export_adapter(model: Any) -> Export:
+    """What writes the adapter of ``model`` as it is now, while training goes on. Collective."""
+    state = {name: weight.clone() for name, weight in full_state(model).items()}
+    return lambda folder: save_adapter(model, state, folder)

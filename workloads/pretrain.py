@@ -15,7 +15,8 @@ from pydantic import Field, model_validator
 from workbench.config import Config, InputPath
 from workbench.files import write_json
 from workbench.runs import Run, Summary
-from workloads.corpus import document_files
+from workloads.corpus import document_files, documents_version
+from workloads.progress_report import add_progress, usual_speed
 from workloads.training.config import TrainingConfig
 
 
@@ -58,7 +59,10 @@ class PretrainConfig(TrainingConfig):
 
 
 def check(config: PretrainConfig) -> None:
-    """Raise UserError for documents that are not Parquet with a column ``text``."""
+    """Raise UserError for documents that are not Parquet with a column ``text``, and a run that cannot be resumed."""
+    from workloads.training.resume import check_resume
+
+    check_resume(config)
     if config.documents:
         document_files(config.documents)
 
@@ -69,7 +73,8 @@ def run(config: PretrainConfig, run: Run) -> Summary:
 
     check_placement(config)
     if config.documents:
-        run.input("documents", path=config.documents)
+        version = documents_version(config.documents)
+        run.input("documents", path=config.documents, **({"version": version} if version else {}))
     from workloads.pretraining import build_corpus, pretrain_worker
 
     model = run.artifact("model")
@@ -81,9 +86,10 @@ def run(config: PretrainConfig, run: Run) -> Summary:
     return {
         "parameters": done["parameters"],
         "tokens": done["tokens"],
-        "tokens_per_second": done["tokens_per_second"],
+        "tokens_per_second": usual_speed(run.folder),
+        "steps": done["steps"],
         "loss": done["train"][-1][1],
-        "validation_loss": done["validation"][-1][1],
+        "validation_loss": (done["best"] if done["stopped_early"] else done["validation"][-1])[1],
         "vocabulary": corpus["facts"]["vocabulary"],
         "resumed_from": done["resumed_from"],
     }
@@ -98,6 +104,7 @@ def report(config: PretrainConfig, run: Run, facts: dict[str, Any], done: dict[s
         "Loss", loss_curves(done["train"], done["validation"]),
         "Nats per token; lower is better. Held out: records of molecules in the validation part.",
     )  # fmt: skip
+    add_progress(run)
     run.report.table(
         "Samples",
         done["samples"],

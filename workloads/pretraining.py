@@ -2,7 +2,6 @@
 
 import math
 import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -94,21 +93,21 @@ def pretrain_worker(payload: dict[str, Any]) -> dict[str, Any]:
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
     )
     batches = Batches(rows["train"], config.batch_size, config.seed)
-    events = WorkerEvents(Path(payload["run_folder"]), rank)
-    start = events.resume(model, optimizer)
-    begun = time.monotonic()
-    history = train(
-        model,
-        batches,
-        config,
-        validation=rows["validation"],
-        events=events,
-        optimizer=optimizer,
-        start=start,
-    )
-    seconds = time.monotonic() - begun
-    events.close()
-    tokens = sum(len(row.ids) for step in range(start, config.steps) for row in batches[step])
+    with WorkerEvents(Path(payload["run_folder"]), rank, config) as events:
+        history = events.resume(model, optimizer)
+        start = history.step
+        train(
+            model,
+            batches,
+            config,
+            validation=rows["validation"],
+            events=events,
+            optimizer=optimizer,
+            history=history,
+        )
+        if history.stopped_early:
+            events.load_best(model)
+    tokens = sum(len(row.ids) for step in range(history.step) for row in batches[step])
     state = full_state(model)  # collective
     samples = []
     if rank == 0:
@@ -118,8 +117,9 @@ def pretrain_worker(payload: dict[str, Any]) -> dict[str, Any]:
         whole.save_pretrained(payload["result"])
         samples = write_samples(whole, tokenizer, payload["samples"])
     return {
-        "train": history.train, "validation": history.validation, "parameters": parameters, "resumed_from": start,
-        "tokens": tokens, "tokens_per_second": tokens / seconds, "samples": samples,
+        "train": history.train, "validation": history.validation, "best": history.best, "parameters": parameters,
+        "steps": history.step, "stopped_early": history.stopped_early, "resumed_from": start, "tokens": tokens,
+        "samples": samples,
     }  # fmt: skip
 
 

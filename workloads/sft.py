@@ -9,15 +9,19 @@ the answers alone. A dead worker is replaced and training goes on from the last 
 
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from workbench.errors import UserError
 from workbench.runs import Run, Summary
 from workloads.instructions import SPLIT_FILE, load_instructions, read_jsonl, refuse_other_split, write_jsonl
+from workloads.progress_report import add_progress, usual_speed
 from workloads.sources import CHEMISTRY, DataSource, ModelSource, check_model
 from workloads.training.config import AdapterConfig, TrainingConfig
+
+if TYPE_CHECKING:
+    from workloads.training.trainable import Coverage
 
 
 class SftConfig(TrainingConfig):
@@ -28,9 +32,15 @@ class SftConfig(TrainingConfig):
     split_seed: int = Field(0, description="which molecules, or rows, are held out")
     method: Literal["lora", "full"] = Field("lora", description="train an adapter, or all weights")
     quantization: Literal["nf4", "none"] = Field("nf4", description="of the frozen base; nf4 with lora is QLoRA")
+    nf4_kernel: Literal["auto", "bitsandbytes", "torch", "triton"] = Field(
+        "auto", description="what undoes NF4; auto: triton on CUDA, bitsandbytes on a CPU"
+    )
     adapter: AdapterConfig = Field(AdapterConfig(), description="the LoRA adapter")
     max_length: int = Field(512, ge=8, description="tokens of a prompt with its answer; longer ones are cut")
     validation_rows: int = Field(128, ge=1, description="held-out rows whose loss is watched")
+    sample_every: int = Field(0, ge=0, description="steps between two looks at what the model answers; 0: none")
+    sample_prompts: int = Field(4, ge=1, description="held-out rows that it is asked")
+    sample_tokens: int = Field(48, ge=1, description="tokens of a sampled answer at most")
 
     @model_validator(mode="after")
     def _trainable(self) -> "SftConfig":
@@ -40,11 +50,23 @@ class SftConfig(TrainingConfig):
 
 
 def check(config: SftConfig) -> None:
-    """Raise UserError for a base that is not to be had or has seen the test set, and for unreadable rows."""
+    """Raise UserError for a base that is not to be had, cannot be trained or has seen the test set, and for unreadable
+    rows."""
+    from workloads.training.resume import check_resume
+
+    check_resume(config)
     check_model("base", config.base)
+    coverage(config)
     refuse_other_split(config.base, config.data, config.split_seed)
     if config.data != CHEMISTRY:
         read_jsonl([Path(file) for file in config.data])
+
+
+def coverage(config: SftConfig) -> "Coverage":
+    """What of the base is adapted and what is quantised. Raises UserError for what cannot be trained so."""
+    from workloads.training.trainable import examine
+
+    return examine(config.base, config.method, config.quantization, config.adapter, config.compute_dtype)
 
 
 def run(config: SftConfig, run: Run) -> Summary:
@@ -53,6 +75,8 @@ def run(config: SftConfig, run: Run) -> Summary:
 
     check(config)
     check_placement(config)
+    covered = coverage(config)
+    run.say(covered.text())
     facts = prepare(config, run)
     from workloads.fine_tune import sft_worker
 
@@ -67,10 +91,14 @@ def run(config: SftConfig, run: Run) -> Summary:
         write_merged(config.base, result, run.artifact("merged"), config.compute_dtype)
     else:
         keep_split_seed(config.base, result)
-    report(config, run, facts, done)
+    report(config, run, facts, done, covered)
     return {
         "loss": done["train"][-1][1],
-        "validation_loss": done["validation"][-1][1],
+        "validation_loss": (done["best"] if done["stopped_early"] else done["validation"][-1])[1],
+        "best_validation_loss": done["best"][1],
+        "best_step": done["best"][0],
+        "steps": done["steps"],
+        "tokens_per_second": usual_speed(run.folder),
         "trained_parameters": done["trained_parameters"],
         "truncated": done["truncated"],
         "resumed_from": done["resumed_from"],
@@ -116,7 +144,7 @@ def keep_split_seed(base: str, folder: Path) -> None:
         shutil.copy(Path(base) / SPLIT_FILE, folder / SPLIT_FILE)
 
 
-def report(config: SftConfig, run: Run, facts: dict[str, Any], done: dict[str, Any]) -> None:
+def report(config: SftConfig, run: Run, facts: dict[str, Any], done: dict[str, Any], covered: "Coverage") -> None:
     """The curves, the data and its split check, and what each worker held."""
     from workloads.figures import loss_curves
 
@@ -124,6 +152,7 @@ def report(config: SftConfig, run: Run, facts: dict[str, Any], done: dict[str, A
     run.report.figure(
         "Loss on the answers", loss_curves(done["train"], done["validation"]), "Nats per token; lower is better."
     )
+    add_progress(run)
     run.report.heading("Data", "Labels cover the answer alone.")
     run.report.table("Where the rows came from", [{"fact": key, "count": value} for key, value in facts.items()])
     if config.data == CHEMISTRY:
@@ -132,13 +161,17 @@ def report(config: SftConfig, run: Run, facts: dict[str, Any], done: dict[str, A
             f"Recomputed from the SMILES: {facts['molecules_shared']} molecules and {facts['scaffolds_shared']} "
             "Murcko scaffolds are in more than one of train, validation and test.",
         )
+    run.report.text("What is trained, and what is quantised", covered.text())
     run.report.table(
         "What each worker stores",
         [
-            {"rank": rank, "its share, bytes": held["local"], "whole model, bytes": held["whole"]}
+            {
+                "rank": rank, "its share, bytes": held["local"], "of it 4-bit weights": held["local_packed"],
+                "of it their scales": held["local_scales"], "whole model, bytes": held["whole"],
+                "whole 4-bit weights": held["whole_packed"], "whole scales": held["whole_scales"],
+            }
             for rank, held in enumerate(done["storage"])
         ],
-        "Parameters, measured after sharding. bitsandbytes keeps the scales of 4-bit blocks whole on every worker; "
-        "they are not counted here.",
-    )
+        "Parameters, measured after sharding: packed weights and both levels of their scales are shards, too.",
+    )  # fmt: skip
     run.report.links("Artifacts", {"adapter and merged model": "artifacts/", "held-out rows": "artifacts/test.jsonl"})

@@ -1,36 +1,203 @@
-"""Checkpoints by ``torch.distributed.checkpoint``: trainable weights, optimizer moments and the step, in shards.
+"""Checkpoints by ``torch.distributed.checkpoint``: trainable weights, optimizer moments and the history, in shards.
 
-A checkpoint made by one number of ranks loads on another. Frozen weights are left out: they come from the base.
+    checkpoints = Checkpoints(run.folder / "checkpoints", keep_last=2)
+    history = checkpoints.load(model, optimizer) or History()
+    checkpoints.save(history, model, optimizer)     # training goes on while it is written
+
+A checkpoint is a folder ``step-00000120``: it has its name only when every rank has written its part, so whatever is
+killed, the folders that have one are whole. One made by any number of ranks loads on any other. Frozen weights are left
+out: they come from the base. The folder must be on storage that all ranks share.
 """
 
 import json
+import shutil
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.checkpoint.storage import WriteResult
+
+from workbench.errors import Failure
+from workbench.files import read_json
+from workloads.training.history import History
 
 OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
+FAILURES = "failures.jsonl"
+"""Beside the checkpoints: the steps whose checkpoint could not be written, and why."""
 
-def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write this rank's shards to ``folder``. Collective."""
-    weights, moments = get_state_dict(model, optimizer, options=OPTIONS)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=str(folder), no_dist=not _distributed())
-    (folder / "step.json").write_text(json.dumps({"step": step}))
-
-
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Load weights and moments into ``model`` and ``optimizer``; returns the step they are from. Collective."""
-    weights, moments = get_state_dict(model, optimizer, options=OPTIONS)
-    state = {"model": weights, "optimizer": moments}
-    dcp.load(state, checkpoint_id=str(folder), no_dist=not _distributed())
-    set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=OPTIONS
-    )
-    return int(json.loads((folder / "step.json").read_text())["step"])
+Export = Callable[[Path], None]
+"""Writes the weights, as they were when it was made, in another format into a folder."""
 
 
-def _distributed() -> bool:
-    return torch.distributed.is_initialized()
+def complete(folder: Path) -> list[Path]:
+    """The whole checkpoints in ``folder``, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint is from."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def history_of(checkpoint: Path) -> History:
+    """What the run had been through at ``checkpoint``."""
+    return History.from_json(read_json(checkpoint / "history.json"))
+
+
+def best_of(folder: Path) -> Path | None:
+    """The checkpoint of the lowest held-out loss that the newest one knows of, where it was kept."""
+    newest = complete(folder)[-1:]
+    best = history_of(newest[0]).best if newest else None
+    path = folder / _name(best[0]) if best else None
+    return path if path is not None and path.is_dir() else None
+
+
+def read_failures(folder: Path) -> list[dict[str, Any]]:
+    """The step and cause of each checkpoint that could not be written to ``folder``."""
+    file = folder / FAILURES
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+class Checkpoints:
+    """The checkpoints of one training run. Every rank makes one and calls its methods in the same order."""
+
+    def __init__(self, folder: Path, keep_last: int) -> None:
+        """Raises Failure, on the rank that does not see it, where ``folder`` is not on shared storage."""
+        self.folder, self._keep_last = folder, keep_last
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None  # training has its own
+        self._rank = dist.get_rank() if dist.is_initialized() else 0
+        self._settled: threading.Event | None = None  # of the checkpoint that is being written
+        if self._rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for left in folder.glob(".*.partial"):  # by ranks that were killed
+                shutil.rmtree(left, ignore_errors=True)
+        if self._group is not None:
+            dist.barrier(self._group)
+        if not folder.is_dir():
+            raise Failure(
+                f"{folder} is not on storage that all workers share: give WORKBENCH_RUNS_ROOT a shared folder"
+            )
+
+    def save(
+        self, history: History, model: nn.Module, optimizer: torch.optim.Optimizer, export: Export | None = None
+    ) -> None:
+        """Copy this rank's shards to the CPU, then write them in the background. ``export`` writes ``adapter/``.
+
+        Waits for the checkpoint before, if that is still being written. One that cannot be written, on a full disk for
+        instance, is told on stderr and in ``failures.jsonl``: those before it stay, and training goes on.
+        """
+        self.wait()
+        weights, moments = get_state_dict(model, optimizer, options=OPTIONS)
+        partial = self.folder / f".{_name(history.step)}.partial"
+        commit = _Commit(partial, self.folder, history, self._keep_last, export)
+        future: Any = dcp.async_save(
+            {"model": weights, "optimizer": moments},
+            storage_writer=commit,
+            process_group=self._group,
+            no_dist=self._group is None,
+        )
+        step, settled = history.step, threading.Event()
+
+        def settle(done: Future[Any]) -> None:
+            try:
+                self._clear(step, partial, done.exception())
+            finally:
+                settled.set()
+
+        future.add_done_callback(settle)
+        self._settled = settled
+
+    def wait(self) -> None:
+        """Until no checkpoint is being written."""
+        if self._settled is not None:
+            self._settled.wait()
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> History | None:
+        """Load the newest checkpoint into ``model`` and ``optimizer``; returns its history, None if there is none."""
+        found = complete(self.folder)
+        if not found:
+            return None
+        weights, moments = get_state_dict(model, optimizer, options=OPTIONS)
+        state = {"model": weights, "optimizer": moments}
+        self._read(found[-1], state)
+        set_state_dict(
+            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=OPTIONS
+        )
+        return history_of(found[-1])
+
+    def load_best(self, model: nn.Module) -> None:
+        """Load the weights of the lowest held-out loss into ``model``, if that checkpoint was kept."""
+        self.wait()
+        best = best_of(self.folder)
+        if best is not None:
+            state = {"model": get_model_state_dict(model, options=OPTIONS)}
+            self._read(best, state)
+            set_model_state_dict(model, state["model"], options=OPTIONS)
+
+    def _read(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        dcp.load(state, checkpoint_id=str(checkpoint), process_group=self._group, no_dist=self._group is None)
+
+    def _clear(self, step: int, partial: Path, error: BaseException | None) -> None:
+        """Give back the space of a checkpoint that was not written whole, at once."""
+        if error is None or self._rank:
+            return
+        shutil.rmtree(partial, ignore_errors=True)
+        cause = _first_line(error)
+        print(f"the checkpoint of step {step} could not be written: {cause}", file=sys.stderr, flush=True)
+        with suppress(OSError), (self.folder / FAILURES).open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"step": step, "cause": cause}) + "\n")
+
+
+class _Commit(dcp.FileSystemWriter):
+    """Writes a checkpoint under another name and, when all ranks have written, gives it its own."""
+
+    def __init__(self, partial: Path, folder: Path, history: History, keep_last: int, export: Export | None) -> None:
+        super().__init__(partial)
+        self._partial, self._folder, self._keep_last, self._export = partial, folder, keep_last, export
+        self._step, self._best, self._history = history.step, history.best, json.dumps(history.to_json())
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Called on rank 0 alone, after every rank's part."""
+        super().finish(metadata, results)
+        (self._partial / "history.json").write_text(self._history)
+        if self._export is not None:
+            self._export(self._partial / "adapter")
+        self._partial.rename(self._folder / _name(self._step))
+        with suppress(OSError):  # what is left is removed by the next
+            self._remove_old()
+
+    def _remove_old(self) -> None:
+        found = complete(self._folder)
+        kept = {path.name for path in found[-self._keep_last :]} | ({_name(self._best[0])} if self._best else set())
+        for path in found:
+            if path.name not in kept:
+                gone = path.with_name(f".{path.name}.partial")  # half of a checkpoint must not have its name
+                path.rename(gone)
+                shutil.rmtree(gone)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08}"
+
+
+def _first_line(error: BaseException) -> str:
+    causes = list((getattr(error, "failures", None) or {}).items())  # of a CheckpointException: by rank
+    text = f"rank {causes[0][0]}: {causes[0][1][0]!r}" if causes else repr(error)
+    return text.splitlines()[0]

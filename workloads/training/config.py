@@ -20,10 +20,32 @@ class AdapterConfig(Config):
     targets: str | list[str] = Field("all-linear", description="layer names, or all-linear: all but the head")
 
 
+class EarlyStoppingConfig(Config):
+    """When training ends before its last step: the held-out loss no longer falls."""
+
+    patience: int = Field(3, ge=1, description="looks at the held-out loss without a new lowest one")
+    min_delta: float = Field(0.0, ge=0, description="a loss counts as lower if it is by more than this")
+
+
+class DivergenceConfig(Config):
+    """When training is stopped as hopeless, beside a loss or gradient that is no number."""
+
+    factor: float = Field(3.0, gt=1, description="times the median loss of the steps before")
+    steps: int = Field(10, ge=1, description="steps in a row that must be over it")
+    window: int = Field(100, ge=1, description="steps that the median is taken of")
+
+
 class TrainingConfig(Placed):
     """How long, how fast and on what: the loop of ``loop.py`` reads these keys and no others."""
 
     several: ClassVar[bool] = True
+    free: ClassVar[set[str]] = {
+        "resources", "workers", "cpus_per_worker", "gpus_per_worker", "strategy", "dtype", "gradient_checkpointing",
+        "micro_batch_size", "loss_chunk", "max_failures", "log_every", "validate_every", "checkpoint_every",
+        "keep_last", "keep_best", "early_stopping", "divergence", "sample_every", "sample_prompts", "sample_tokens",
+        "resume",
+    }  # fmt: skip
+    """Keys that say where and how a run runs, not what it learns: a resume may give other values."""
 
     steps: int = Field(200, ge=1, description="optimizer steps")
     batch_size: int = Field(16, ge=1, description="sequences in one step, over all workers")
@@ -39,6 +61,11 @@ class TrainingConfig(Placed):
     log_every: int = Field(10, ge=1, description="steps between two rows of metrics")
     validate_every: int = Field(50, ge=0, description="steps between two validation losses; 0: only at the end")
     checkpoint_every: int = Field(100, ge=0, description="steps between two checkpoints; 0: none")
+    keep_last: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    keep_best: bool = Field(True, description="make and keep a checkpoint where the held-out loss is the lowest so far")
+    early_stopping: EarlyStoppingConfig | None = Field(None, description="end when the held-out loss stops falling")
+    divergence: DivergenceConfig | None = Field(DivergenceConfig(), description="what is no training any more")
+    resume: str | None = Field(None, description="a run that was cut short, to go on from its last checkpoint")
     seed: int = Field(0, description="initial weights, order of the data, dropout")
 
     workers: int = Field(2, ge=1, description="Ray Train workers: one process and one card (or core) each")
@@ -62,6 +89,8 @@ class TrainingConfig(Placed):
             raise ValueError(f"batch_size {self.batch_size} does not divide over {self.workers} workers")
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} leaves none of {self.steps} steps")
+        if self.early_stopping is not None and not (self.keep_best and self.validate_every):
+            raise ValueError("early_stopping ends with the best weights: it needs keep_best=true and validate_every")
         return self
 
     @property

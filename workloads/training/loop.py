@@ -5,12 +5,11 @@
 Every rank calls ``train`` with the same arguments and a model that is already on its device and, with several ranks,
 sharded (``fsdp.shard``). The same global batch gives the same loss on any number of ranks: the loss is a sum over the
 batch's target tokens divided by how many the *whole* batch has, and a rank takes every ``world``-th sequence of it.
-Whatever is random at a step is seeded by the step, so a resumed run needs no state but weights, moments and the step.
+Whatever is random at a step is seeded by the step, so a resumed run needs no state but weights, moments and history.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -19,8 +18,12 @@ from torch import Tensor, nn
 
 from workloads.training.batches import Batches, Row
 from workloads.training.config import LOSS_CHUNK, TrainingConfig
+from workloads.training.divergence import LossWatch
 from workloads.training.fsdp import evaluation_mode, global_norm_clip, last_backward
+from workloads.training.history import History
 from workloads.training.losses import summed_loss, training_loss
+from workloads.training.samples import Sampler
+from workloads.training.throughput import Meter
 
 
 class Events(Protocol):
@@ -29,16 +32,8 @@ class Events(Protocol):
     def log(self, step: int, **values: float) -> None:
         """Called on rank 0 alone, with scalars that are the same on all ranks."""
 
-    def checkpoint(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Called on every rank after ``step`` steps; may be collective."""
-
-
-@dataclass
-class History:
-    """Loss curves: (steps done, mean cross-entropy in nats per target token), whatever else is minimised."""
-
-    train: list[tuple[int, float]] = field(default_factory=list)
-    validation: list[tuple[int, float]] = field(default_factory=list)
+    def checkpoint(self, history: History, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Called on every rank after ``history.step`` steps; may be collective."""
 
 
 def train(
@@ -49,54 +44,66 @@ def train(
     validation: Sequence[Row],
     events: Events,
     optimizer: torch.optim.Optimizer,
-    start: int = 0,
+    history: History | None = None,
+    sampler: Sampler | None = None,
 ) -> History:
-    """Train the parameters of ``optimizer`` from step ``start`` to ``config.steps``; returns the losses.
+    """Train the parameters of ``optimizer`` up to ``config.steps`` or an early stop; returns the losses.
 
-    Raises FloatingPointError when the loss is no longer finite.
+    ``history`` is what a checkpoint had, where training goes on from one. Raises Diverged, on every rank, where there
+    is nothing left to train.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = next(model.parameters()).device
-    history = History()
-    loss_since_log = torch.zeros((), dtype=torch.float64, device=device)
-    steps_since_log = 0
+    history = history or History()
+    watch = LossWatch(history, config.divergence, batches, device, remember=config.log_every)
+    meter = Meter(model, device, config.compute_dtype)
     minimised = training_loss(config)
     model.train()
 
-    for step in range(start, config.steps):
+    while history.step < config.steps and not history.stopped_early:
+        step = history.step
         torch.manual_seed(hash((config.seed, step, rank)))  # dropout: the same after a resume
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
 
         batch = batches[step]
         targets = sum(row.targets for row in batch)
+        loss = torch.zeros((), device=device)
         micro_batches = list(_micro_batches(batch[rank::world], config.micro_batch_size))
         for number, rows in enumerate(micro_batches):
             last_backward(model, number == len(micro_batches) - 1)  # shards meet once a step
             losses = summed_loss(model, rows, device, minimised, config.loss_chunk)
             (losses.objective * world / targets).backward()  # FSDP averages gradients over ranks; the loss is a sum
-            loss_since_log += losses.cross_entropy / targets
+            loss += losses.cross_entropy / targets
         norm = global_norm_clip(model, config.gradient_clip)
+        watch.add(step + 1, loss, norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        meter.add(batch)
 
-        done, steps_since_log = step + 1, steps_since_log + 1
-        if done % config.log_every == 0 or done == config.steps:
-            mean = float(_sum_over_ranks(loss_since_log)) / steps_since_log
-            if not math.isfinite(mean):
-                raise FloatingPointError(f"the loss is {mean} at step {done}: lower learning_rate")
-            history.train.append((done, mean))
-            if rank == 0:
-                events.log(done, loss=mean, learning_rate=learning_rate(config, step), gradient_norm=float(norm))
-            loss_since_log.zero_()
-            steps_since_log = 0
-        if validation and (done == config.steps or (config.validate_every and done % config.validate_every == 0)):
-            held_out = mean_loss(model, validation, config.batch_size, device, config.loss_chunk)
-            history.validation.append((done, held_out))
-            if rank == 0:
-                events.log(done, validation_loss=held_out)
-        if config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps:
-            events.checkpoint(done, model, optimizer)
+        history.step = done = step + 1
+        last = done == config.steps
+        row: dict[str, float] = {}
+        if validation and (last or _due(done, config.validate_every)):
+            watch.look()
+            with meter.aside():
+                row["validation_loss"] = mean_loss(model, validation, config.batch_size, device, config.loss_chunk)
+            history.validation.append((done, row["validation_loss"]))
+            if config.early_stopping is not None and not last:
+                last = history.stopped_early = history.is_out_of_patience(config.early_stopping)
+        if last or _due(done, config.log_every):
+            watch.look()
+            row |= {"loss": history.log(), "learning_rate": learning_rate(config, step), "gradient_norm": float(norm)}
+            row |= meter.read()
+        if row and rank == 0:
+            events.log(done, **row)
+        if sampler is not None and sampler.due(done):
+            with meter.aside():
+                sampler(done, model)
+        best = config.keep_best and "validation_loss" in row and history.is_best
+        if done < config.steps and (best or _due(done, config.checkpoint_every)):
+            watch.look()
+            events.checkpoint(history, model, optimizer)
     return history
 
 
@@ -130,6 +137,10 @@ def mean_loss(
 def _micro_batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
     size = size or len(rows)
     return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
 
 
 def _sum_over_ranks(value: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Running a training function on Ray Train workers, and what such a worker gives to the loop."""
 
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +14,32 @@ from cluster.placement import Placement, place_here
 from workbench.errors import Failure
 from workbench.runs import Run
 from workbench.tracking import Tracker, read_metrics
-from workloads.training.checkpoint import load_checkpoint, save_checkpoint
+from workloads.training.checkpoint import Checkpoints, Export, read_failures
 from workloads.training.config import TrainingConfig
+from workloads.training.divergence import Diverged
+from workloads.training.history import History
+from workloads.training.resume import CHECKPOINTS, adopt, forget_after, what_is_left
 
 
 def fit(worker: Callable[[dict[str, Any]], Any], payload: dict[str, Any], config: TrainingConfig, run: Run) -> Any:
     """Run ``worker(payload)`` on ``config.workers`` Ray Train workers; returns what rank 0 returned.
 
     A worker that dies is replaced, with all others, up to ``config.max_failures`` times, and ``worker`` runs again:
-    it finds its last checkpoint with ``WorkerEvents.resume``. Raises UserError where the cluster can never place the
-    workers, Failure where training did not end.
+    it finds its last checkpoint with ``WorkerEvents.resume``. With ``config.resume`` that of another run comes first.
+    Raises UserError where the cluster can never place the workers or the other run was another training, Failure where
+    training did not end.
     """
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     from workloads.training.devices import torch_config
 
+    if config.resume is not None:
+        run.say(f"going on from step {adopt(config.resume, run)} of {config.resume}")
     placement = check_placement(config, run.say)
     trainer = TorchTrainer(
-        worker,
+        partial(_unless_diverged, worker),
         train_loop_config={**payload, "run_folder": str(run.folder)},
         torch_config=torch_config(placement),
         scaling_config=ScalingConfig(
@@ -46,15 +52,25 @@ def fit(worker: Callable[[dict[str, Any]], Any], payload: dict[str, Any], config
             name="train",
             storage_path=str(run.folder / "ray"),
             failure_config=FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
             worker_runtime_env=placement.runtime_env() or None,
         ),
     )
     with _telling(run, config.steps):
         try:
-            return trainer.fit().return_value
+            done = trainer.fit().return_value
         except TrainingFailedError as error:
-            raise Failure(f"training failed: {_cause(error)}; {run.folder / 'metrics.jsonl'} has its steps") from error
+            raise Failure(f"training failed: {_cause(error)}; {what_is_left(run)}") from error
+    if isinstance(done, Diverged):
+        raise Failure(f"training was stopped: {done}; {what_is_left(run, before=done.since)}")
+    return done
+
+
+def _unless_diverged(worker: Callable[[dict[str, Any]], Any], payload: dict[str, Any]) -> Any:
+    """What ``worker`` returns, or the Diverged that it raises: Ray Train would begin again after an error."""
+    try:
+        return worker(payload)
+    except Diverged as error:
+        return error
 
 
 def check_placement(config: TrainingConfig, say: Callable[[str], Any] = lambda _: None) -> Placement:
@@ -66,52 +82,75 @@ def check_placement(config: TrainingConfig, say: Callable[[str], Any] = lambda _
 
 
 class WorkerEvents:
-    """The loop's events in a Ray Train worker: rank 0 tracks metrics, all ranks checkpoint to the run's storage."""
+    """The loop's events in a Ray Train worker: rank 0 tracks metrics, all ranks checkpoint to the run's storage.
 
-    def __init__(self, run_folder: Path, rank: int) -> None:
-        self._tracker = Tracker(run_folder) if rank == 0 else None
+        with WorkerEvents(run_folder, rank, config) as events:
+            history = train(model, ..., events=events, history=events.resume(model, optimizer))
+
+    ``export`` makes, of the model, what writes its weights beside a checkpoint; every rank calls it.
+    """
+
+    def __init__(
+        self,
+        run_folder: Path,
+        rank: int,
+        config: TrainingConfig,
+        export: Callable[[nn.Module], Export] | None = None,
+    ) -> None:
+        self.folder, self._rank, self._export = run_folder, rank, export
+        self._checkpoints = Checkpoints(run_folder / CHECKPOINTS, config.keep_last)
+        self._tracker: Tracker | None = None
+
+    def __enter__(self) -> "WorkerEvents":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait for the last checkpoint and flush the metrics."""
+        self._checkpoints.wait()
+        if self._tracker:
+            self._tracker.close()
 
     def log(self, step: int, **values: float) -> None:
         """Append to the run's metrics."""
         if self._tracker:
             self._tracker.log(step, **values)
 
-    def checkpoint(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Save the shards and hand them to Ray Train, which commits the checkpoint when every rank has reported."""
-        import ray.train
+    def checkpoint(self, history: History, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Begin to write a checkpoint."""
+        self._checkpoints.save(history, model, optimizer, self._export(model) if self._export else None)
 
-        with tempfile.TemporaryDirectory() as folder:
-            save_checkpoint(Path(folder), step, model, optimizer)
-            ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> History:
+        """Load the last checkpoint of this run; returns its history, an empty one where there is none.
 
-    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        """Load the last committed checkpoint of this run; returns its step, 0 where there is none."""
-        import ray.train
+        What was measured and sampled after it is forgotten: those steps will be done again.
+        """
+        history = self._checkpoints.load(model, optimizer) or History()
+        if self._rank == 0:
+            forget_after(history.step, self.folder)
+            self._tracker = Tracker(self.folder, first_step=history.step + 1)
+        return history
 
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return 0
-        with checkpoint.as_directory() as folder:
-            return load_checkpoint(Path(folder), model, optimizer)
-
-    def close(self) -> None:
-        """Flush the metrics."""
-        if self._tracker:
-            self._tracker.close()
+    def load_best(self, model: nn.Module) -> None:
+        """Load the weights of the lowest held-out loss into ``model``."""
+        self._checkpoints.load_best(model)
 
 
 @contextmanager
 def _telling(run: Run, steps: int) -> Iterator[None]:
-    """Say the newest loss every few seconds, from the metrics that rank 0 writes."""
+    """Say the newest figures every few seconds, from what rank 0 writes, and each checkpoint that failed."""
     stop = threading.Event()
 
     def tell() -> None:
-        said = 0
+        said, failed = {"time": 0.0}, 0
         while not stop.wait(4):
+            failures = read_failures(run.folder / CHECKPOINTS)
+            for failure in failures[failed:]:
+                run.say(f"the checkpoint of step {failure['step']} could not be written: {failure['cause']}")
+            failed = len(failures)
             rows = read_metrics(run.folder)
-            if len(rows) > said:
-                said = len(rows)
-                run.say(f"step {rows[-1]['step']} of {steps}: {_latest(rows)}")
+            if rows and rows[-1]["time"] > said["time"]:
+                said = rows[-1]
+                run.say(f"step {said['step']} of {steps}: {_latest(rows)}")
 
     thread = threading.Thread(target=tell, daemon=True)
     thread.start()
@@ -123,9 +162,14 @@ def _telling(run: Run, steps: int) -> Iterator[None]:
 
 
 def _latest(rows: list[dict[str, Any]]) -> str:
-    names = {"loss": "loss", "validation_loss": "held-out loss"}
-    values = {key: row[key] for row in rows for key in names if row.get(key) is not None}
-    return ", ".join(f"{names[key]} {value:.3f}" for key, value in values.items())
+    shown = {
+        "loss": "loss {:.3f}",
+        "validation_loss": "held-out loss {:.3f}",
+        "tokens_per_second": "{:,.0f} tokens/s",
+        "model_flop_utilisation": "{:.1%} of the cards' FLOP/s",
+    }
+    values = {key: row[key] for row in rows for key in shown if row.get(key) is not None}
+    return ", ".join(shown[key].format(values[key]) for key in shown if key in values)
 
 
 def _cause(error: Any) -> str:

@@ -1,0 +1,90 @@
+"""Tokens per second, model FLOP utilisation and memory: what is counted."""
+
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from workloads.training.batches import Row
+from workloads.training.throughput import Meter, attention_flops, peak_flops, weight_flops
+
+CPU = torch.device("cpu")
+
+
+def llama(**changes: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, "num_attention_heads": 4, **changes}))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_trained_weight_costs_six_operations_a_token_and_an_embedding_none(tied: bool) -> None:
+    model = llama(tie_word_embeddings=tied)
+    matrices = [weight for name, weight in model.named_parameters() if weight.dim() == 2 and "embed" not in name]
+    head = [model.lm_head.weight] if tied else []
+    assert weight_flops(model) == 6 * sum(weight.numel() for weight in matrices + head)
+
+
+def test_a_frozen_weight_costs_four_and_its_adapter_six() -> None:
+    from workloads.training.adapters import add_adapter
+    from workloads.training.config import AdapterConfig
+
+    model = llama()
+    whole = weight_flops(model) / 6
+    adapted = add_adapter(model, AdapterConfig(rank=2))
+    lora = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+    assert weight_flops(adapted) == 4 * whole + 6 * lora
+
+
+def test_packed_weights_count_as_the_weights_that_they_hold() -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    model = llama()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    whole = weight_flops(model)
+    for layer in model.model.layers:
+        packed = Linear4bit(64, 96, bias=False, quant_type="nf4").to(CPU)
+        packed.weight.requires_grad_(False)
+        layer.mlp.up_proj = packed
+    assert weight_flops(model) == whole
+
+
+def test_only_the_experts_that_a_token_visits_count() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    def flops(experts: int) -> float:
+        sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+        config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=experts)
+        return weight_flops(MixtralForCausalLM(config))
+
+    assert flops(4) > 6 * 2 * 3 * 32 * 48  # two experts of three matrices
+    assert 0 <= flops(8) - flops(4) <= 6 * 4 * 32  # four more rows of the router, which some versions hold as a tensor
+
+
+def test_attention_costs_twelve_times_layers_times_width_for_each_token_of_the_sequence() -> None:
+    assert attention_flops(llama()) == 12 * 3 * 64
+
+
+def test_tokens_are_counted_without_padding_and_time_aside_does_not_count() -> None:
+    meter = Meter(llama(), CPU, "float32")
+    begun = time.perf_counter()
+    with meter.aside():
+        time.sleep(0.2)
+    meter.add([Row([1] * 30, [1] * 30), Row([1] * 10, [1] * 10)])
+    values = meter.read()
+    assert values["tokens_per_second"] > 40 / (time.perf_counter() - begun)
+    assert values["peak_memory_gib/rank_0"] > 0.05
+    assert "model_flop_utilisation" not in values
+
+
+def test_a_card_that_is_not_known_and_a_cpu_have_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert peak_flops(CPU, "bfloat16") is None
+    names = {"NVIDIA RTX PRO 6000 Blackwell Workstation Edition": 504e12, "NVIDIA H200": 989e12, "Some Card": None}
+    names |= {"NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition": 439e12, "NVIDIA GeForce RTX 5060 Ti": 47.4e12}
+    for name, peak in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        assert peak_flops(torch.device("cuda"), "bfloat16") == peak
+        assert peak_flops(torch.device("cuda"), "float32") is None

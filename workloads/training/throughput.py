@@ -1,0 +1,131 @@
+"""How fast training is and what it takes: tokens per second, model FLOP utilisation, peak memory.
+
+Model FLOP utilisation is Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B: the operations that the model
+needs, not those that recomputed activations add, over what the cards could do.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from workloads.training.batches import Row
+
+PEAK_BFLOAT16 = {
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "RTX PRO 6000 Blackwell Max-Q": 439e12,
+    "RTX PRO 6000 Blackwell": 504e12,
+    "RTX 5090": 209.5e12,
+    "RTX 5060 Ti": 47.4e12,
+}
+"""Dense bfloat16 operations a second with sums in float32, as NVIDIA's data sheets give them; the first name that a
+card's own name contains counts."""
+
+
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """Operations a second that ``device`` can do in ``dtype``; None where that is not known."""
+    if device.type != "cuda" or dtype != "bfloat16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for card, flops in PEAK_BFLOAT16.items() if card in name), None)
+
+
+def weight_flops(model: nn.Module) -> float:
+    """Operations that a token costs in the weights, forward and backward.
+
+    6 a weight: 2 forward, 2 for the gradient of its input, 2 for its own, which a frozen weight does not have. Looking
+    up an embedding costs none; of a layer's experts only those that a token visits count.
+    """
+    config = _decoder_config(model)
+    experts = next((getattr(config, key) for key in ("num_local_experts", "num_experts") if hasattr(config, key)), 0)
+    visited = getattr(config, "num_experts_per_tok", 0) / experts if experts else 1.0
+    total = 0.0
+    for name, module in model.named_modules():
+        share = visited if experts and ".experts" in name else 1.0
+        if hasattr(module, "in_features") and not hasattr(module, "base_layer"):  # the parts of an adapted layer count
+            weight: Any = module.weight
+            total += share * module.in_features * module.out_features * (6 if weight.requires_grad else 4)
+        elif name.endswith(".experts"):  # fused: one tensor holds the weights of all experts
+            for weight in module.parameters(recurse=False):
+                total += share * weight.numel() * (6 if weight.requires_grad else 4)
+    return total
+
+
+def attention_flops(model: nn.Module) -> float:
+    """Operations that attention costs a token, forward and backward, for each token of its sequence."""
+    config = _decoder_config(model)
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return 12.0 * config.num_hidden_layers * width
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that torch had allocated on a card, or elsewhere the largest resident size of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Meter:
+    """Counts the tokens of training steps and the seconds they take; checkpoints count, time ``aside`` does not."""
+
+    def __init__(self, model: nn.Module, device: torch.device, dtype: str) -> None:
+        self._device, self._peak = device, peak_flops(device, dtype)
+        if self._peak:
+            self._per_weight, self._per_context = weight_flops(model), attention_flops(model)
+        self._restart()
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """A step over ``rows``, the batch of all ranks."""
+        for row in rows:
+            edges = sorted({0, *row.starts, len(row.ids)})
+            lengths = [end - start for start, end in pairwise(edges)]
+            self._tokens += len(row.ids)
+            self._contexts += sum(length * length for length in lengths)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time that is no training: validation and samples."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._begun += time.perf_counter() - begun
+
+    def read(self) -> dict[str, float]:
+        """Since the last call: tokens a second without padding, over all ranks; model FLOP utilisation where the cards
+        are known; and the peak memory of each rank in GiB. Collective."""
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        seconds = time.perf_counter() - self._begun
+        ranks = torch.zeros((world, 2), device=self._device)
+        ranks[rank] = torch.tensor((peak_memory(self._device) / 2**30, (self._peak or 0.0) / 1e12))
+        if dist.is_initialized():
+            dist.all_reduce(ranks)
+        memory, peaks = ranks.T.tolist()
+        values = {"tokens_per_second": self._tokens / seconds}
+        if all(peaks):
+            flops = self._tokens * self._per_weight + self._contexts * self._per_context
+            values["model_flop_utilisation"] = flops / seconds / (sum(peaks) * 1e12)
+        values |= {f"peak_memory_gib/rank_{index}": gib for index, gib in enumerate(memory)}
+        self._restart()
+        return values
+
+    def _restart(self) -> None:
+        self._begun = time.perf_counter()
+        self._tokens = self._contexts = 0
+
+
+def _decoder_config(model: nn.Module) -> Any:
+    config: Any = model.config
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
