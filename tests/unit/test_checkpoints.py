@@ -53,7 +53,7 @@ def run(
     resume: bool = False,
     keep_last: int = 10,
     dropout: float = 0.0,
-    validate: bool = False,
+    held_out: int = 0,
     **keys: Any,
 ) -> tuple[Keeping, History, Any]:
     """Train on 15 rows, an epoch of two batches and a half; from the last checkpoint in ``folder`` with ``resume``."""
