@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import plotly.graph_objects as go
 
+from data_pipelines.audit_verdict import findings
 from data_pipelines.corpus import Corpus
 from data_pipelines.gates import Gate
 from data_pipelines.pii import KINDS, redact
-from data_pipelines.statistics import LENGTHS, SHARES, Statistics
+from data_pipelines.statistics import LENGTHS, OTHER_GROUPS, SHARES, Statistics
 from workbench.report import Report
 
 if TYPE_CHECKING:
@@ -32,6 +33,12 @@ def describe(
             passed = "no" if gate.crossed(figures) else "yes"
             rows.append({"gate": str(gate), "seen": figures[gate.name], "passed": passed})
         report.table("Gates", rows, note="the command ends with exit code 1 where one is not passed")
+    report.table(
+        "What to decide",
+        findings(corpus, config.trained),
+        note="a rule goes under 'remove' in the config of data filter, whose result has the reason of each removal; "
+        "the sections below have the examples",
+    )
     _documents(report, statistics)
     if len(corpus.index.splits) > 1:
         _leakage(report, corpus, config)
@@ -74,7 +81,9 @@ def _documents(report: Report, statistics: Statistics) -> None:
     sizes = {name: np.concatenate(parts) for name, parts in statistics.groups.items()}
     top = sorted(sizes, key=lambda name: (-len(sizes[name]), name))[:20]
     documents = Counter({name: len(values) for name, values in sizes.items()})
-    report.figure("Sources", _bars(documents, 20), note="the twenty with the most documents")
+    report.figure(
+        "Sources", _sources(documents, 20), note="the twenty with the most documents, by the end of their names"
+    )
     report.table(
         f"Length by source, characters ({len(top)} of {len(sizes)})",
         [
@@ -227,13 +236,22 @@ def _quality(report: Report, statistics: Statistics, config: "AuditConfig") -> N
 
 
 def _histogram(lengths: np.ndarray, unit: str) -> go.Figure:
-    edges = np.logspace(0, np.log10(lengths.max() + 1), 60)
+    edges = np.logspace(np.log10(max(1, lengths.min())), np.log10(lengths.max() + 1), 60)
     counts, _ = np.histogram(lengths, edges)
     centres = np.sqrt(edges[1:] * edges[:-1])
     figure = go.Figure(go.Bar(x=centres, y=counts, width=np.diff(edges)))
     figure.update_xaxes(type="log", title=unit)
     figure.update_yaxes(title="documents")
     return figure
+
+
+def _sources(counts: Counter[str], most: int) -> go.Figure:
+    """Lying bars, the largest on top: sources have long names, of which the end tells most."""
+    top = [item for item in counts.most_common(most + 1) if item[0] != OTHER_GROUPS][:most][::-1]
+    names = [name if len(name) <= 48 else f"…{name[-47:]}" for name, _ in top]
+    figure = go.Figure(go.Bar(y=names, x=[count for _, count in top], orientation="h"))
+    figure.update_xaxes(title="documents").update_yaxes(type="category", automargin=True)
+    return figure.update_layout(height=120 + 24 * len(top))
 
 
 def _bars(counts: Counter[str], most: int, logarithmic: bool = False) -> go.Figure:
