@@ -26,7 +26,7 @@ from workbench.errors import Failure
 from workbench.files import write_atomic
 from workbench.resources import ResourceRequest
 from workbench.runs import Run, Summary
-from workloads.sft import SftConfig, prepare, write_merged
+from workloads.sft import SftConfig, write_merged
 
 
 class TrialConfig(SftConfig):
@@ -89,11 +89,12 @@ def places(config: SweepConfig, nodes: Sequence[Node]) -> list[Placement]:
 
 def run(config: SweepConfig, run: Run) -> Summary:
     """Check the space, prepare the rows once, run the trials, keep the best, and report."""
+    from workloads.prepared import prepare
     from workloads.training.ray_train import check_placement
 
     check(config)
     placement = check_placement(config.config, run.say)
-    facts = prepare(config.config, run)
+    facts = prepare(config.config, run).facts
     trials = run_trials(config, run, placement)
     finished = [trial for trial in trials if (Path(trial["folder"]) / "adapter_config.json").is_file()]
     if not finished:
@@ -121,11 +122,13 @@ def run_trials(config: SweepConfig, run: Run, placement: Placement) -> list[dict
     from ray.tune.schedulers import ASHAScheduler
 
     from tune.trial import Progress, sft_trial
+    from workloads.tokenized import cache_folder
 
     shared = {
         "config": config.config,
         "train": str(run.artifact("train.jsonl")),
         "validation": str(run.artifact("validation.jsonl")),
+        "cache": str(cache_folder()),
         "folder": str(run.artifact("trials")),
         "environment": placement.env_vars,
     }

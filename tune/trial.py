@@ -27,15 +27,20 @@ class TrialEvents:
 def sft_trial(trial: dict[str, Any], shared: dict[str, Any]) -> None:
     """Fine-tune at ``trial["point"]`` of the space on this process' device; the adapter goes to ``folder/NAME``."""
     from workloads.fine_tune import fine_tune
-    from workloads.instructions import read_jsonl
+    from workloads.prepared import recipe_of
+    from workloads.tokenized import TokenRows, tokenize
     from workloads.training.devices import local_device
 
     adopt_environment(shared["environment"])  # Tune gives its trials no runtime environment
     config = at_point(shared["config"], trial["point"])
+    rows, validation = (  # there already, unless the space varies how rows are made
+        TokenRows(tokenize(Path(shared[part]), recipe_of(config), Path(shared["cache"])))
+        for part in ("train", "validation")
+    )
     fine_tune(
         config,
-        read_jsonl([Path(shared["train"])]),
-        read_jsonl([Path(shared["validation"])]),
+        rows,
+        validation,
         device=local_device(config),
         events=TrialEvents(),
         result=Path(shared["folder"]) / tune.get_context().get_trial_name(),

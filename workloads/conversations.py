@@ -33,6 +33,11 @@ class Conversation:
         """The messages as chat templates take them."""
         return [{"role": message.role, "content": message.content} for message in self.messages]
 
+    @property
+    def line(self) -> str:
+        """The row as a line of a chat set that can be trained on again."""
+        return json.dumps({"id": self.source, "messages": self.turns}) + "\n"
+
 
 def data_files(paths: Sequence[Path]) -> list[Path]:
     """``paths`` with folders replaced by the files in them, by name. Raises UserError for a folder without any."""
@@ -58,17 +63,18 @@ def conversations(paths: Sequence[Path]) -> Iterator[Conversation]:
             except SchemaError as error:
                 raise UserError(f"{place}: {error}") from None
             key = record.get("id")
-            yield Conversation(messages, str(key) if isinstance(key, str | int) and key != "" else place)
+            yield Conversation(
+                messages, str(key) if isinstance(key, str | int) and key != "" else f"{file.name}:{number}"
+            )
         if form is None:
             raise UserError(f"data: no rows in {file}")
 
 
 def write_conversations(rows: Iterable[Conversation], file: Path) -> None:
-    """One object of ``id`` (the source) and ``messages`` a line: a chat set that can be trained on again."""
+    """Each row's line."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8") as stream:
-        for row in rows:
-            stream.write(json.dumps({"id": row.source, "messages": row.turns}) + "\n")
+        stream.writelines(row.line for row in rows)
 
 
 def read_conversations(file: Path, start: int = 0, end: int | None = None) -> Iterator[Conversation]:
@@ -129,7 +135,7 @@ def _parquet(file: Path) -> Iterator[tuple[int, Any]]:
         parquet = pq.ParquetFile(file)
         names = parquet.schema_arrow.names
         wanted = [name for name in ("id", "keep", "conversation", "messages", "conversations") if name in names]
-        wanted += [name for name in ("instruction", "input", "output") if name in names]
+        wanted += [name for name in ("instruction", "input", "output", "task") if name in names]
         for batch in parquet.iter_batches(batch_size=1024, columns=wanted):
             for record in batch.to_pylist():
                 number += 1

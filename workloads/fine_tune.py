@@ -1,15 +1,17 @@
 """One fine-tuning: what a Ray Train worker of ``train sft`` and a trial of ``tune run`` both do."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
-from workloads.instructions import Instruction, encode, prompt, read_jsonl
+from workloads.chat_templates import load_tokenizer
+from workloads.prepared import training_rows
 from workloads.sft import SftConfig
+from workloads.tokenized import TokenRows
 from workloads.training.adapters import add_adapter, load_base, save_adapter, target_names, trainable_parameters
 from workloads.training.batches import Batches, Row
 from workloads.training.checkpoint import Export
@@ -18,6 +20,7 @@ from workloads.training.devices import device_of
 from workloads.training.fsdp import full_state, shard, sharded_bytes
 from workloads.training.history import History
 from workloads.training.loop import Events, train
+from workloads.training.packing import check_packing
 from workloads.training.ray_train import WorkerEvents
 from workloads.training.resume import SAMPLES
 from workloads.training.samples import Sampler
@@ -30,7 +33,6 @@ class FineTuned:
     history: History
     storage: dict[str, int]
     trained_parameters: int
-    truncated: int
     resumed_from: int
 
 
@@ -40,12 +42,12 @@ def sft_worker(payload: dict[str, Any]) -> dict[str, Any]:
 
     config: SftConfig = payload["config"]
     rank = ray.train.get_context().get_world_rank()
-    train_rows, held_out = (read_jsonl([Path(payload[part])]) for part in ("train", "validation"))
+    rows, validation = (TokenRows(Path(payload[part])) for part in ("train", "validation"))
     export = export_adapter if config.method == "lora" else None
     with WorkerEvents(Path(payload["run_folder"]), rank, config, export) as events:
         done = fine_tune(
-            config, train_rows, held_out, device=device_of(config), events=events, result=Path(payload["result"]),
-            rank=rank,
+            config, rows, validation, device=device_of(config), events=events, result=Path(payload["result"]),
+            rank=rank, questions=payload["questions"],
         )  # fmt: skip
     storage: list[Any] = [done.storage]
     if torch.distributed.is_initialized():
@@ -54,25 +56,27 @@ def sft_worker(payload: dict[str, Any]) -> dict[str, Any]:
     return {
         "train": done.history.train, "validation": done.history.validation, "best": done.history.best,
         "steps": done.history.step, "stopped_early": done.history.stopped_early, "storage": storage,
-        "trained_parameters": done.trained_parameters, "truncated": done.truncated, "resumed_from": done.resumed_from,
+        "trained_parameters": done.trained_parameters, "resumed_from": done.resumed_from,
     }  # fmt: skip
 
 
 def fine_tune(
     config: SftConfig,
-    train_rows: list[Instruction],
-    held_out: list[Instruction],
+    rows: Sequence[Row],
+    validation: Sequence[Row],
     *,
     device: torch.device,
     events: Events,
     result: Path,
     rank: int = 0,
+    questions: Sequence[tuple[str, str]] = (),
 ) -> FineTuned:
-    """Fine-tune ``config.base`` on ``train_rows`` and write the adapter (or, with method full, the model) to
-    ``result``. Runs on every rank of the process group, or alone where there is none."""
-    tokenizer = AutoTokenizer.from_pretrained(config.base)
-    rows = [encode(row, tokenizer, config.max_length) for row in train_rows]
-    validation = [encode(row, tokenizer, config.max_length) for row in held_out]
+    """Fine-tune ``config.base`` on ``rows`` and write the adapter (or, with method full, the model) to ``result``,
+    with the tokenizer and its chat template. Runs on every rank of the process group, or alone where there is none.
+
+    ``questions`` are (prompt, right answer) that the model is asked meanwhile.
+    """
+    tokenizer = load_tokenizer(config.base, config.chat_template)
 
     model = load_base(
         config.base, config.compute_dtype, config.quantization, device,
@@ -81,6 +85,8 @@ def fine_tune(
     torch.manual_seed(config.seed)  # the same new adapter on every rank
     if config.method == "lora":
         model = add_adapter(model, config.adapter)
+    if config.packing:
+        check_packing(model, min(2, config.micro_batch_size or config.batch_size // config.workers))
     prepare_layers(model, config)
     if torch.distributed.is_initialized() and config.strategy == "fsdp2":
         shard(model, getattr(torch, config.compute_dtype))
@@ -91,17 +97,16 @@ def fine_tune(
     if isinstance(events, WorkerEvents):
         history = events.resume(model, optimizer)
         sampler = Sampler(
-            tokenizer, [prompt(row, tokenizer) for row in held_out[: config.sample_prompts]],
-            [row["output"] for row in held_out[: config.sample_prompts]], events.folder / SAMPLES, config.sample_every,
-            config.sample_tokens,
+            tokenizer, [prompt for prompt, _ in questions], [answer for _, answer in questions],
+            events.folder / SAMPLES, config.sample_every, config.sample_tokens,
         )  # fmt: skip
     start, storage = history.step, sharded_bytes(model)
 
     history = train(
         model,
-        Batches([Row(row.ids, row.labels) for row in rows], config.batch_size, config.seed),
+        Batches(training_rows(rows, config), config.batch_size, config.seed),
         config,
-        validation=[Row(row.ids, row.labels) for row in validation],
+        validation=validation,
         events=events,
         optimizer=optimizer,
         history=history,
@@ -114,10 +119,7 @@ def fine_tune(
         save_adapter(model, state, result)
         tokenizer.save_pretrained(str(result))
         (result / "history.json").write_text(json.dumps({"train": history.train, "validation": history.validation}))
-    return FineTuned(
-        history, storage, sum(p.numel() for p in optimizer.param_groups[0]["params"]),
-        sum(row.truncated for row in rows), start,
-    )  # fmt: skip
+    return FineTuned(history, storage, sum(p.numel() for p in optimizer.param_groups[0]["params"]), start)
 
 
 def export_adapter(model: Any) -> Export:

@@ -1,4 +1,4 @@
-"""Instruction rows {instruction, input, output, task} become token ids whose labels cover the answer alone."""
+"""Instruction rows {instruction, input, output, task}: questions with one right answer, of chemistry or of files."""
 
 import json
 import random
@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from workbench.conversations import Message
 from workbench.errors import UserError
 from workloads.chemistry import check_split, instruction_rows, load_molecules, split_by_scaffold
+from workloads.conversations import Conversation, data_files, records
 from workloads.sources import CHEMISTRY
 
 Instruction = dict[str, str]
@@ -17,18 +19,9 @@ SPLIT_FILE = "chemistry_split.json"
 """Beside a model's weights: which chemistry split it was trained on, so that no test molecule is trained on later."""
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """Token ids and labels (-100 where nothing is learned) of a prompt with its answer; whether it was cut."""
-
-    ids: list[int]
-    labels: list[int]
-    truncated: bool
-
-
 def user_message(row: Instruction) -> str:
-    """The input, then the instruction on a line of its own: a causal model reads the question knowing the input."""
-    return f"{row['input']}\n{row['instruction']}" if row.get("input") else row["instruction"]
+    """The instruction, and the input below it, as ``workbench.conversations`` reads an Alpaca row."""
+    return f"{row['instruction']}\n\n{row['input']}" if row.get("input", "").strip() else row["instruction"]
 
 
 def prompt(row: Instruction, tokenizer: Any) -> str:
@@ -38,30 +31,18 @@ def prompt(row: Instruction, tokenizer: Any) -> str:
     return text
 
 
-def encode(row: Instruction, tokenizer: Any, max_length: int) -> Encoded:
-    """Prompt, answer and end token; labels on the last two. Over ``max_length`` tokens the prompt loses its beginning
-    and then the answer its end: an answer with half a question teaches more than a question without an answer."""
-    asked = tokenizer(prompt(row, tokenizer), add_special_tokens=False).input_ids
-    answer = [*tokenizer(row["output"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    truncated = len(asked) + len(answer) > max_length
-    if truncated:
-        answer = answer[: max_length - 1]
-        asked = asked[len(asked) - (max_length - len(answer)) :]
-    return Encoded(asked + answer, [-100] * len(asked) + answer, truncated)
+def as_conversation(row: Instruction, source: str) -> Conversation:
+    """The question and its answer as turns."""
+    return Conversation([Message("user", user_message(row)), Message("assistant", row["output"])], source)
 
 
 def read_jsonl(files: Sequence[Path]) -> list[Instruction]:
-    """Rows of JSONL files; input and task may be missing. Raises UserError with file and line of a bad row."""
+    """Rows of JSONL, JSON or Parquet files of instruction, output and maybe more; no task is "all". Raises UserError
+    with file and line of a bad row."""
     rows = []
-    for file in files:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file}:{number}: not JSON: {error.msg}") from None
-            missing = [key for key in ("instruction", "output") if not isinstance(row, dict) or not row.get(key)]
+    for file in data_files(files):
+        for number, row in records(file):
+            missing = [key for key in ("instruction", "output") if not row.get(key)]
             if missing:
                 raise UserError(f"{file}:{number}: no {' and no '.join(missing)}; a row has instruction, input, output")
             rows.append({"input": "", "task": "all", **{key: str(value) for key, value in row.items()}})
@@ -85,7 +66,7 @@ def load_instructions(
 ) -> InstructionData:
     """Up to ``limit`` train rows and ``held_out`` rows of each other part, in an order drawn from ``seed``.
 
-    Chemistry is split by scaffold, and the split is checked; JSONL rows are dealt 90 : 5 : 5 by ``split_seed``.
+    Chemistry is split by scaffold, and the split is checked; rows of files are dealt 90 : 5 : 5 by ``split_seed``.
     Raises UserError for unreadable data.
     """
     if data == CHEMISTRY:
@@ -95,8 +76,7 @@ def load_instructions(
         facts |= {f"left out: {reason}": count for reason, count in dropped.items()} | check_split(split)
         if facts["molecules_shared"] or facts["scaffolds_shared"]:
             raise UserError(f"the split leaks: {facts}")  # cannot happen unless split_by_scaffold is wrong
-        parts = {part: instruction_rows(split[part], seed=seed) for part in ("validation", "test")}
-        parts["train"] = instruction_rows(split["train"], seed=seed)
+        parts = {part: _molecule_first(instruction_rows(split[part], seed=seed)) for part in split}
     else:
         rows = read_jsonl([Path(file) for file in data])
         random.Random(f"split {split_seed}").shuffle(rows)
@@ -106,6 +86,11 @@ def load_instructions(
     for part in parts.values():
         random.Random(f"order {seed}").shuffle(part)
     return InstructionData(parts["train"][:limit], parts["validation"][:held_out], parts["test"], facts)
+
+
+def _molecule_first(rows: Sequence[Instruction]) -> list[Instruction]:
+    """The molecule, then the question on a line of its own: a causal model reads the question knowing the molecule."""
+    return [{**row, "instruction": f"{row['input']}\n{row['instruction']}", "input": ""} for row in rows]
 
 
 def write_jsonl(rows: Sequence[Instruction], file: Path) -> None:

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from workbench.errors import UserError
 from workbench.runs import Run, Summary
-from workloads.instructions import SPLIT_FILE, load_instructions, read_jsonl, refuse_other_split, write_jsonl
+from workloads.instructions import SPLIT_FILE, refuse_other_split
 from workloads.progress_report import add_progress, usual_speed
-from workloads.sources import CHEMISTRY, DataSource, ModelSource, check_model
+from workloads.sources import CHEMISTRY, DataSource, ModelSource, TemplateSource, check_model
 from workloads.training.config import AdapterConfig, TrainingConfig
 
 if TYPE_CHECKING:
@@ -28,7 +27,13 @@ class SftConfig(TrainingConfig):
     """Config of ``train sft``; also what a sweep varies."""
 
     base: ModelSource = Field(description="model folder or hub name")
-    data: DataSource = Field(CHEMISTRY, description="chemistry, or JSONL files of instruction, input and output")
+    data: DataSource = Field(
+        CHEMISTRY, description="chemistry, or files of Alpaca, ShareGPT or chat rows: JSONL, JSON, Parquet"
+    )
+    chat_template: TemplateSource = Field(
+        "", description="alpaca, plain, chatml, llama3 or a Jinja file; empty: the base's"
+    )
+    train_on: Literal["answers", "last_answer", "all"] = Field("answers", description="which tokens are learned")
     split_seed: int = Field(0, description="which molecules, or rows, are held out")
     method: Literal["lora", "full"] = Field("lora", description="train an adapter, or all weights")
     quantization: Literal["nf4", "none"] = Field("nf4", description="of the frozen base; nf4 with lora is QLoRA")
@@ -36,7 +41,8 @@ class SftConfig(TrainingConfig):
         "auto", description="what undoes NF4; auto: triton on CUDA, bitsandbytes on a CPU"
     )
     adapter: AdapterConfig = Field(AdapterConfig(), description="the LoRA adapter")
-    max_length: int = Field(512, ge=8, description="tokens of a prompt with its answer; longer ones are cut")
+    max_length: int = Field(512, ge=8, description="tokens of a sequence; a longer row loses its beginning")
+    packing: bool = Field(False, description="several rows in a sequence of max_length, which do not see each other")
     validation_rows: int = Field(128, ge=1, description="held-out rows whose loss is watched")
     sample_every: int = Field(0, ge=0, description="steps between two looks at what the model answers; 0: none")
     sample_prompts: int = Field(4, ge=1, description="held-out rows that it is asked")
@@ -58,8 +64,9 @@ def check(config: SftConfig) -> None:
     check_model("base", config.base)
     coverage(config)
     refuse_other_split(config.base, config.data, config.split_seed)
-    if config.data != CHEMISTRY:
-        read_jsonl([Path(file) for file in config.data])
+    from workloads.prepared import look
+
+    look(config)
 
 
 def coverage(config: SftConfig) -> "Coverage":
@@ -77,13 +84,15 @@ def run(config: SftConfig, run: Run) -> Summary:
     check_placement(config)
     covered = coverage(config)
     run.say(covered.text())
-    facts = prepare(config, run)
     from workloads.fine_tune import sft_worker
+    from workloads.prepared import prepare, rows_table
+
+    rows = prepare(config, run)
 
     result = run.artifact("adapter" if config.method == "lora" else "merged")
     payload = {
-        "config": config, "result": str(result),
-        "train": str(run.artifact("train.jsonl")), "validation": str(run.artifact("validation.jsonl")),
+        "config": config, "result": str(result), "questions": rows.questions,
+        "train": str(rows.train), "validation": str(rows.validation),
     }  # fmt: skip
     done = fit(sft_worker, payload, config, run)
     if config.method == "lora":
@@ -91,7 +100,7 @@ def run(config: SftConfig, run: Run) -> Summary:
         write_merged(config.base, result, run.artifact("merged"), config.compute_dtype)
     else:
         keep_split_seed(config.base, result)
-    report(config, run, facts, done, covered)
+    report(config, run, rows.facts, rows_table(rows), done, covered)
     return {
         "loss": done["train"][-1][1],
         "validation_loss": (done["best"] if done["stopped_early"] else done["validation"][-1])[1],
@@ -100,32 +109,13 @@ def run(config: SftConfig, run: Run) -> Summary:
         "steps": done["steps"],
         "tokens_per_second": usual_speed(run.folder),
         "trained_parameters": done["trained_parameters"],
-        "truncated": done["truncated"],
+        **rows.summary,
         "resumed_from": done["resumed_from"],
         "workers": config.workers,
         "bytes_of_rank_0": done["storage"][0]["local"],
-        "molecules_shared": facts.get("molecules_shared", 0),
-        "scaffolds_shared": facts.get("scaffolds_shared", 0),
+        "molecules_shared": rows.facts.get("molecules_shared", 0),
+        "scaffolds_shared": rows.facts.get("scaffolds_shared", 0),
     }
-
-
-def prepare(config: SftConfig, run: Run) -> dict[str, Any]:
-    """Write train.jsonl (no more rows than the steps will see), validation.jsonl and test.jsonl; the data's facts."""
-    data = load_instructions(
-        config.data, split_seed=config.split_seed, seed=config.seed, limit=config.steps * config.batch_size,
-        held_out=config.validation_rows,
-    )  # fmt: skip
-    for part in ("train", "validation", "test"):
-        write_jsonl(getattr(data, part), run.artifact(f"{part}.jsonl"))
-    if Path(config.base).is_dir():
-        run.input("base", path=Path(config.base))
-    else:
-        run.input("base", hub_name=config.base)
-    run.input("train", path=run.artifact("train.jsonl"), data=str(config.data), **data.facts)
-    if not data.validation:
-        raise UserError(f"{config.data} has too few rows to hold any out: give at least three")
-    run.say(f"{len(data.train):,} rows to train on, {len(data.validation)} to watch, {len(data.test):,} held out")
-    return data.facts
 
 
 def write_merged(base: str, adapter: Path, folder: Path, dtype: str) -> None:
@@ -134,7 +124,7 @@ def write_merged(base: str, adapter: Path, folder: Path, dtype: str) -> None:
 
     from workloads.training.adapters import merge
 
-    merge(base, adapter, folder, AutoTokenizer.from_pretrained(base), dtype)
+    merge(base, adapter, folder, AutoTokenizer.from_pretrained(adapter), dtype)  # with the template it was tuned with
     keep_split_seed(base, folder)
 
 
@@ -144,7 +134,14 @@ def keep_split_seed(base: str, folder: Path) -> None:
         shutil.copy(Path(base) / SPLIT_FILE, folder / SPLIT_FILE)
 
 
-def report(config: SftConfig, run: Run, facts: dict[str, Any], done: dict[str, Any], covered: "Coverage") -> None:
+def report(
+    config: SftConfig,
+    run: Run,
+    facts: dict[str, Any],
+    rows: list[dict[str, Any]],
+    done: dict[str, Any],
+    covered: "Coverage",
+) -> None:
     """The curves, the data and its split check, and what each worker held."""
     from workloads.figures import loss_curves
 
@@ -153,8 +150,10 @@ def report(config: SftConfig, run: Run, facts: dict[str, Any], done: dict[str, A
         "Loss on the answers", loss_curves(done["train"], done["validation"]), "Nats per token; lower is better."
     )
     add_progress(run)
-    run.report.heading("Data", "Labels cover the answer alone.")
+    learned = {"answers": "every answer", "last_answer": "the last answer of each row", "all": "every token"}
+    run.report.heading("Data", f"Learned: {learned[config.train_on]}.")
     run.report.table("Where the rows came from", [{"fact": key, "count": value} for key, value in facts.items()])
+    run.report.table("What became of the training rows", rows)
     if config.data == CHEMISTRY:
         run.report.text(
             "Is anything in two parts?",

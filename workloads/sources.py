@@ -42,6 +42,22 @@ def check_model(key: str, source: str) -> None:
         raise UserError(f"{key}: '{source}' is not a folder and the hub did not give it: {reason}") from None
 
 
+def _template(value: str, info: ValidationInfo) -> str:
+    if info.context is UNVISITED or not (value.startswith((".", "/", "~", "runs/")) or value.endswith(".jinja")):
+        return value
+    try:
+        file = resolve_path(Path(value))
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    if not file.is_file():
+        raise ValueError(f"no such template: {file}")
+    return str(file)
+
+
+TemplateSource = Annotated[str, AfterValidator(_template)]
+"""A chat template: a Jinja file that must exist where the text looks like a path, else a name."""
+
+
 CHEMISTRY: Literal["chemistry"] = "chemistry"
 
 
@@ -51,7 +67,7 @@ def _files(value: Any) -> Any:
 
 def _chemistry_or_files(value: str | list[Path]) -> str | list[Path]:
     if isinstance(value, list) and not value:
-        raise ValueError("name at least one JSONL file, or chemistry")
+        raise ValueError("name at least one file, or chemistry")
     return value
 
 
@@ -61,4 +77,4 @@ DataSource = Annotated[
     BeforeValidator(_files),
     AfterValidator(_chemistry_or_files),
 ]
-"""Instructions: ``chemistry``, or one or several JSONL files of instruction, input and output."""
+"""Rows to learn from: ``chemistry``, or files and folders that ``conversations.py`` reads."""

@@ -92,8 +92,11 @@ def test_a_pretrained_model_loads_and_talks_in_its_chat_template(base: Path) -> 
 
 def alone(base: Path, *overrides: str) -> list[float]:
     """The loss of each step of the same fine-tuning in this process, without Ray, workers or shards."""
+    from workloads.chat_templates import load_tokenizer
+    from workloads.encoding import encode
     from workloads.fine_tune import fine_tune
-    from workloads.instructions import load_instructions
+    from workloads.instructions import as_conversation, load_instructions
+    from workloads.prepared import recipe_of
 
     class Nothing:
         def log(self, step: int, **values: float) -> None: ...
@@ -103,8 +106,13 @@ def alone(base: Path, *overrides: str) -> list[float]:
     single = ["workers=1", "strategy=single"]
     config = load(workloads.sft.SftConfig, None, [f"base={json.dumps(str(base))}", *SFT, *single, *overrides])
     data = load_instructions("chemistry", split_seed=0, seed=0, limit=config.steps * config.batch_size, held_out=8)
+    tokenizer = load_tokenizer(config.base)
+    rows, validation = (
+        encode([as_conversation(row, "") for row in part], tokenizer, recipe_of(config))[0]
+        for part in (data.train, data.validation)
+    )
     done = fine_tune(
-        config, data.train, data.validation, device=torch.device("cpu"), events=Nothing(), result=base.parent / "alone"
+        config, rows, validation, device=torch.device("cpu"), events=Nothing(), result=base.parent / "alone"
     )
     return [loss for _, loss in done.history.train]
 
@@ -139,18 +147,18 @@ def test_the_saved_adapter_and_the_merged_model_answer_alike(tuned: tuple[Path, 
 
 def test_the_saved_adapter_has_the_loss_that_was_reported(tuned: tuple[Path, Any], base: Path) -> None:
     from peft import PeftModel
-    from transformers import AutoTokenizer
 
-    from workloads.instructions import encode, read_jsonl
+    from workloads.chat_templates import load_tokenizer
+    from workloads.conversations import read_conversations
+    from workloads.encoding import Recipe, encode
     from workloads.training.adapters import load_base
-    from workloads.training.batches import Row
     from workloads.training.loop import mean_loss
 
     artifacts, cpu = tuned[0] / "artifacts", torch.device("cpu")
     model = PeftModel.from_pretrained(load_base(str(base), "float32", "nf4", cpu), artifacts / "adapter")
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    rows = [encode(row, tokenizer, 128) for row in read_jsonl([artifacts / "validation.jsonl"])]
-    loss = mean_loss(model, [Row(row.ids, row.labels) for row in rows], 4, cpu)
+    held_out = list(read_conversations(artifacts / "validation.jsonl"))
+    rows, _ = encode(held_out, load_tokenizer(str(base)), Recipe(str(base), max_length=128))
+    loss = mean_loss(model, rows, 4, cpu)
     assert loss == pytest.approx(tuned[1]["validation_loss"], abs=1e-5)
 
 

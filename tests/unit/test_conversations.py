@@ -38,7 +38,7 @@ def test_every_form_in_every_format_is_the_same_conversation(tmp_path: Path, row
         jsonl(file, row)
     (read,) = conversations([file])
     assert turns(read) == [("user", "Add.\n\n1 1"), ("assistant", "2")]
-    assert read.source == row.get("id", f"{file}:1")
+    assert read.source == row.get("id", f"{file.name}:1")
 
 
 def test_each_file_of_a_folder_has_its_own_form(tmp_path: Path) -> None:

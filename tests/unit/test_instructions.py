@@ -8,15 +8,18 @@ import pytest
 
 from workbench.errors import UserError
 from workloads.corpus import molecule_records, read_documents, sequences
+from workloads.encoding import Recipe, encode
 from workloads.instructions import (
     SPLIT_FILE,
-    encode,
+    as_conversation,
     load_instructions,
     prompt,
     read_jsonl,
     refuse_other_split,
+    user_message,
 )
 from workloads.tokenizer import END, train_tokenizer
+from workloads.training.batches import IGNORE
 
 ROW = {"instruction": "Count the rings.", "input": "c1ccccc1", "output": "1", "task": "rings"}
 TEXTS = ["CC(=O)Oc1ccccc1C(=O)O\nrings: 1; groups: acid, ester", "Read a Parquet file in parallel.", "Clc1ccc(Br)cc1"]
@@ -42,25 +45,34 @@ def test_a_tokenizer_comes_back_from_disk_with_its_chat_template(tokenizer: Any,
 
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert prompt(ROW, loaded) == "<|user|>c1ccccc1\nCount the rings.<|end|><|assistant|>"
+    assert prompt(ROW, loaded) == "<|user|>Count the rings.\n\nc1ccccc1<|end|><|assistant|>"
     assert loaded.eos_token == END
     assert loaded(prompt(ROW, loaded)).input_ids == tokenizer(prompt(ROW, tokenizer)).input_ids
 
 
-def test_labels_cover_the_answer_and_the_end_token_alone(tokenizer: Any) -> None:
-    row = encode(ROW, tokenizer, 128)
-    learned = [label for label in row.labels if label != -100]
-    assert tokenizer.decode(learned) == "1" + END
-    assert row.ids[-len(learned) :] == learned
-    assert tokenizer.decode(row.ids) == prompt(ROW, tokenizer) + "1" + END
-    assert not row.truncated
+@pytest.mark.parametrize("length", [128, 24, 8])
+def test_chemistry_is_learned_as_prompt_then_answer_then_end(tokenizer: Any, length: int) -> None:
+    """Prompt and answer tokenized apart, cut at the prompt's beginning: what recorded losses were made with."""
+    data = load_instructions("chemistry", split_seed=0, seed=0, limit=40, held_out=1)
+    rows, counts = encode([as_conversation(row, "") for row in data.train], tokenizer, Recipe("", max_length=length))
+    cut = 0
+    for row, made in zip(data.train, rows, strict=True):
+        asked = tokenizer(prompt(row, tokenizer), add_special_tokens=False).input_ids
+        answer = [*tokenizer(row["output"], add_special_tokens=False).input_ids, tokenizer.eos_token_id][: length - 1]
+        cut += len(asked) + len(answer) > length
+        asked = asked[max(0, len(asked) + len(answer) - length) :]
+        assert made.ids == asked + answer
+        assert made.labels == [IGNORE] * len(asked) + answer
+    assert counts.rows_cut >= cut
+    assert (cut > 0) == (length < 128)
 
 
-def test_a_long_prompt_loses_its_beginning_and_keeps_its_answer(tokenizer: Any) -> None:
-    row = encode({**ROW, "input": "C" * 200}, tokenizer, 32)
-    assert len(row.ids) == len(row.labels) == 32
-    assert row.truncated
-    assert tokenizer.decode([label for label in row.labels if label != -100]) == "1" + END
+def test_chemistry_asks_with_the_molecule_before_the_question(tokenizer: Any) -> None:
+    data = load_instructions("chemistry", split_seed=0, seed=0, limit=1, held_out=1)
+    (row,) = data.train
+    molecule, question = user_message(row).split("\n")
+    assert molecule == row["smiles"]
+    assert question
 
 
 def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path) -> None:

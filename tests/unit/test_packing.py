@@ -116,8 +116,8 @@ def test_batches_of_packed_rows_are_batches_of_sequences() -> None:
 def test_a_model_that_carries_state_across_examples_is_refused() -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
-    check_packing(make_model("llama"), 50, sequences=2)
+    check_packing(make_model("llama"), sequences=2)
     torch.manual_seed(0)
     mamba = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=32, state_size=4, num_hidden_layers=1))
     with pytest.raises(UserError, match="give packing=false"):
-        check_packing(mamba, 50, sequences=2)
+        check_packing(mamba, sequences=2)

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
 import torch
-from torch import nn
 
 from workbench.errors import UserError
 from workloads.training.batches import IGNORE, Row, collate, lengths_of
@@ -103,12 +102,13 @@ rounding. A model whose layers carry state along the sequence is off by one or m
 
 
 @torch.no_grad()
-def check_packing(model: nn.Module, vocabulary: int, sequences: int) -> None:
+def check_packing(model: Any, sequences: int) -> None:
     """Raise UserError for a model that lets packed examples see each other, which depends on its architecture and on
     its attention: the second example of a sequence must give the same logits whatever the first one is.
 
     ``sequences`` are those of one forward pass. Collective where the model is sharded.
     """
+    vocabulary = model.get_input_embeddings().weight.shape[0]
     first, other, second = ([(step * i + 1) % vocabulary for i in range(16)] for step in (3, 5, 7))
     device = next(model.parameters()).device
     examples = [join([Row(ids, ids), Row(second, second)]) for ids in (first, other)]

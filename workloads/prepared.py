@@ -1,0 +1,220 @@
+"""The rows of a fine-tuning, before any card is asked for: dealt into parts, tokenized, counted and checked.
+
+Artifacts: ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl`` of the run. What is trained on are the token rows
+made from the first two, which later runs, trials and resumed workers find again (``tokenized.py``).
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workbench.errors import UserError
+from workbench.runs import Run
+from workloads.chat_templates import load_tokenizer, render
+from workloads.conversations import Conversation, conversations, read_conversations, write_conversations
+from workloads.encoding import Counts, Recipe, encode
+from workloads.instructions import as_conversation, load_instructions, write_jsonl
+from workloads.sources import CHEMISTRY
+from workloads.tokenized import TokenRows, cache_folder, tokenize
+from workloads.training.batches import Batches, Row, lengths_of
+from workloads.training.packing import PackedRows
+
+if TYPE_CHECKING:
+    from workloads.sft import SftConfig
+
+LOOKED_AT = 50
+"""Rows of a data set that are rendered before there is a run: a template that does not fit fails on the first ones."""
+PARTS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The folders of the token rows; questions with their answers for samples; ``facts`` on the data and ``counts`` on
+    the training rows; and of packed rows the share of their sequences that is tokens."""
+
+    train: Path
+    validation: Path
+    questions: list[tuple[str, str]]
+    facts: dict[str, Any]
+    counts: Counts
+    packed: float | None
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The figures that a summary has: nothing is cut or left out in silence."""
+        counts = self.counts
+        figures = {
+            "rows": counts.rows, "tokens": counts.tokens, "targets": counts.targets, "truncated": counts.rows_cut,
+            "answers_cut": counts.answers_cut, "tokens_lost": counts.tokens_lost, "rows_dropped": counts.rows_dropped,
+        }  # fmt: skip
+        return figures if self.packed is None else {**figures, "packing_efficiency": self.packed}
+
+
+def recipe_of(config: "SftConfig") -> Recipe:
+    """How the rows of ``config`` are made."""
+    return Recipe(config.base, config.chat_template, config.max_length, config.train_on)
+
+
+def training_rows(rows: Sequence[Row], config: "SftConfig") -> Sequence[Row]:
+    """``rows``, or the sequences that they are packed into."""
+    return PackedRows(rows, config.max_length, config.seed) if config.packing else rows
+
+
+def look(config: "SftConfig") -> None:
+    """Raise UserError where the tokenizer, the template or the first rows of the data cannot be used."""
+    tokenizer = load_tokenizer(config.base, config.chat_template)
+    if config.data == CHEMISTRY:
+        return
+    rows = [row for row, _ in zip(conversations([Path(file) for file in config.data]), range(LOOKED_AT), strict=False)]
+    encode(rows, tokenizer, recipe_of(config))
+
+
+def prepare(config: "SftConfig", run: Run) -> Prepared:
+    """Deal the rows and tokenize them, by Ray Data where they are many, and say what was cut.
+
+    Raises UserError for rows that cannot be used, that leave nothing to learn, that fill no batch, or whose tokens the
+    model does not have.
+    """
+    facts = _deal_chemistry(config, run) if config.data == CHEMISTRY else _deal_files(config, run)
+    if Path(config.base).is_dir():
+        run.input("base", path=Path(config.base))
+    else:
+        run.input("base", hub_name=config.base)
+    run.input("train", path=run.artifact("train.jsonl"), data=str(config.data), **facts)
+    folders = [
+        tokenize(run.artifact(f"{part}.jsonl"), recipe_of(config), cache_folder(), spread=True)
+        for part in ("train", "validation")
+    ]
+    train, validation = (TokenRows(folder) for folder in folders)
+    for part, rows in (("training", train), ("held-out", validation)):
+        _check_learnable(config, part, rows.counts)
+    _check_vocabulary(config.base, max(train.counts.largest_id, validation.counts.largest_id))
+    sequences = training_rows(train, config)
+    Batches(sequences, config.batch_size, config.seed)  # refuses too few
+    packed = sequences.efficiency if isinstance(sequences, PackedRows) else None
+    made = Prepared(folders[0], folders[1], _questions(config, run), facts, train.counts, packed)
+    run.say(f"{len(train):,} rows to train on, {len(validation):,} to watch, {facts['held out']:,} held out")
+    run.say(_told(config, made, len(sequences), sum(lengths_of(sequences))))
+    return made
+
+
+def _deal_chemistry(config: "SftConfig", run: Run) -> dict[str, Any]:
+    data = load_instructions(
+        CHEMISTRY, split_seed=config.split_seed, seed=config.seed, limit=_limit(config), held_out=config.validation_rows
+    )
+    for part, rows in (("train", data.train), ("validation", data.validation)):
+        named = (as_conversation(row, f"{row['smiles']} {row['task']}") for row in rows)
+        write_conversations(named, run.artifact(f"{part}.jsonl"))
+    write_jsonl(data.test, run.artifact("test.jsonl"))
+    return {**data.facts, "held out": len(data.test)}
+
+
+def _deal_files(config: "SftConfig", run: Run) -> dict[str, Any]:
+    """Deal 90 : 5 : 5 by ``split_seed``, and of the training rows as many as the steps will see. Two passes over the
+    files: nothing is written before every row was found good, and no more than a part's number is held for a row."""
+    files = [Path(file) for file in config.data]
+    count = sum(1 for _ in conversations(files))
+    if count < len(PARTS):
+        raise UserError(f"{', '.join(map(str, files))}: {count} rows are too few to hold any out: give at least three")
+    part_of = deal(count, config.split_seed, config.seed, _limit(config), config.validation_rows)
+    with ExitStack() as stack:
+        streams = [stack.enter_context(run.artifact(f"{part}.jsonl").open("w", encoding="utf-8")) for part in PARTS]
+        for row, part in zip(conversations(files), part_of, strict=True):
+            if part < len(PARTS):
+                streams[part].write(row.line)
+    return {"rows": count, "held out": part_of.count(PARTS.index("test"))}
+
+
+def deal(count: int, split_seed: int, seed: int, limit: int, held_out: int) -> bytearray:
+    """For each of ``count`` rows its place in ``PARTS``, or one past them where it is not needed."""
+    order = list(range(count))
+    random.Random(f"split {split_seed}").shuffle(order)
+    cut = max(1, count // 20)
+    parts = {"test": order[:cut], "validation": order[cut : 2 * cut], "train": order[2 * cut :]}
+    for rows in parts.values():
+        random.Random(f"order {seed}").shuffle(rows)
+    part_of = bytearray([len(PARTS)]) * count
+    wanted = {"train": limit, "validation": held_out, "test": count}
+    for place, part in enumerate(PARTS):
+        for index in parts[part][: wanted[part]]:
+            part_of[index] = place
+    return part_of
+
+
+def _limit(config: "SftConfig") -> int:
+    """The most rows that the steps can see; packed, a sequence takes as many as fit."""
+    return 10**12 if config.packing else config.steps * config.batch_size
+
+
+def _check_learnable(config: "SftConfig", part: str, counts: Counts) -> None:
+    if not counts.rows:
+        raise UserError(
+            f"none of {counts.rows_dropped:,} {part} rows has an answer to learn: are the roles right, does the chat "
+            f"template write the answers, and is train_on={config.train_on} what you want?"
+        )
+    if counts.answers_cut == counts.rows:
+        raise UserError(
+            f"max_length={config.max_length} is shorter than every answer of the {part} rows: the shortest has "
+            f"{counts.shortest_answer} tokens with its end, give max_length={counts.shortest_answer + 1} or more"
+        )
+
+
+def _check_vocabulary(base: str, largest: int) -> None:
+    from transformers import AutoConfig
+
+    folder = Path(base)
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file() and not (folder / "config.json").is_file():
+        base = json.loads(adapter.read_text())["base_model_name_or_path"]
+    known = AutoConfig.from_pretrained(base).get_text_config().vocab_size
+    if largest >= known:
+        raise UserError(
+            f"the tokenizer of {base} makes token {largest} of these rows, and the model knows {known} tokens, 0 to "
+            f"{known - 1}: the tokenizer belongs to another model, or was given tokens after the model was made"
+        )
+
+
+def _questions(config: "SftConfig", run: Run) -> list[tuple[str, str]]:
+    """Prompts of held-out rows with the answers that they should have, for samples."""
+    if not config.sample_every:
+        return []
+    tokenizer = load_tokenizer(config.base, config.chat_template)
+    rows = zip(read_conversations(run.artifact("validation.jsonl")), range(config.sample_prompts), strict=False)
+    return [_question(row, tokenizer) for row, _ in rows]
+
+
+def _question(row: Conversation, tokenizer: Any) -> tuple[str, str]:
+    last = max(place for place, turn in enumerate(row.turns) if turn["role"] == "assistant")
+    return render(row.turns[:last], tokenizer, prompt=True), row.turns[last]["content"]
+
+
+def _told(config: "SftConfig", made: Prepared, sequences: int, tokens: int) -> str:
+    counts = made.counts
+    said = [f"{counts.tokens:,} tokens, {counts.targets:,} of them learned"]
+    if made.packed is not None:
+        said.append(f"packed into {sequences:,} sequences of {config.max_length}, {made.packed:.1%} of them tokens")
+    if counts.rows_cut:
+        said.append(
+            f"max_length={config.max_length} cut {counts.rows_cut:,} rows by {counts.tokens_lost:,} tokens "
+            f"({counts.answers_cut:,} at the end of the answer; the longest row has {counts.longest:,})"
+        )
+    if counts.rows_dropped:
+        said.append(f"{counts.rows_dropped:,} rows without an answer were left out")
+    return "; ".join(said)
+
+
+def rows_table(made: Prepared) -> list[dict[str, Any]]:
+    """What became of the training rows, for the report."""
+    words = {
+        "rows": "rows trained on", "rows_dropped": "rows left out: no answer to learn", "rows_cut": "rows cut",
+        "answers_cut": "rows cut at the end of the answer, too", "tokens": "tokens", "targets": "tokens learned",
+        "tokens_lost": "tokens cut off", "longest": "tokens of the longest row, before it was cut",
+    }  # fmt: skip
+    table: list[dict[str, Any]] = [{"what": text, "count": getattr(made.counts, name)} for name, text in words.items()]
+    if made.packed is not None:
+        table.append({"what": "share of the packed sequences that is tokens", "count": f"{made.packed:.1%}"})
+    return table
