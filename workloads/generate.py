@@ -1,9 +1,13 @@
 """Greedy answers of a model, in batches of alike length, with a key-value cache."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 from workloads.instructions import Instruction, prompt
+
+THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
+"""What templates of reasoning models, such as Qwen3's, put before an answer, thought or not; it is no part of it."""
 
 
 def load_for_answers(source: str, device: str) -> tuple[Any, Any]:
@@ -54,5 +58,5 @@ def greedy_answers(
             )
         said = tokenizer.batch_decode(ids_BT[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for i, text in zip(chosen, said, strict=True):
-            answers[i] = text.strip()
+            answers[i] = THOUGHT.sub("", text).strip()
     return answers
