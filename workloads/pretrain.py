@@ -2,7 +2,7 @@
 
     workbench train pretrain configs/demo/pretrain.yaml steps=400
 
-The architecture is Llama (RMSNorm, rotary positions, SwiGLU), which Transformers and vLLM load. The corpus is what
+The architecture is Llama's (``training/transformer.py``), which Transformers and vLLM load. The corpus is what
 RDKit computes about the training molecules of the chemistry workload, and documents of a ``data audit`` run.
 Artifact: ``model/``, weights, tokenizer and chat template.
 """
@@ -21,13 +21,15 @@ from workloads.training.config import TrainingConfig
 
 
 class ArchitectureConfig(Config):
-    """Sizes of the Llama model."""
+    """Sizes of the Transformer."""
 
     hidden_size: int = Field(192, ge=32, description="width")
     layers: int = Field(4, ge=1, description="decoder layers")
     head_size: int = Field(32, description="width of an attention head; vLLM's CPU kernels take 32, 64, 96, 128, ...")
+    key_value_heads: int = Field(0, ge=0, description="heads of keys and values; 0: as many as of queries")
     mlp_size: int = Field(512, ge=32, description="width of the SwiGLU layer")
     context: int = Field(2048, ge=64, description="largest position")
+    tie_embeddings: bool = Field(True, description="embedding and head are one weight")
     initial_range: float = Field(
         0.05,
         gt=0,
@@ -38,6 +40,9 @@ class ArchitectureConfig(Config):
     def _heads(self) -> "ArchitectureConfig":
         if self.hidden_size % self.head_size:
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of head_size {self.head_size}")
+        heads = self.hidden_size // self.head_size
+        if self.key_value_heads and heads % self.key_value_heads:
+            raise ValueError(f"{heads} heads of queries do not divide over key_value_heads {self.key_value_heads}")
         return self
 
 

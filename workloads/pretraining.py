@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig
 
 from workbench.runs import Run
 from workloads.chemistry import TASKS, answers, load_molecules, split_by_scaffold
@@ -20,6 +20,7 @@ from workloads.training.devices import device_of
 from workloads.training.fsdp import full_state, shard
 from workloads.training.loop import train
 from workloads.training.ray_train import WorkerEvents
+from workloads.training.transformer import Transformer, to_llama
 
 VALIDATION_SEQUENCES = 96
 
@@ -74,7 +75,7 @@ def build_corpus(config: PretrainConfig, run: Run, model: Path) -> dict[str, Any
 
 
 def pretrain_worker(payload: dict[str, Any]) -> dict[str, Any]:
-    """The training function of a Ray Train worker: a new Llama, sharded, through the loop of every command."""
+    """The training function of a Ray Train worker: a new Transformer, sharded, through the loop of every command."""
     import ray.train
 
     config: PretrainConfig = payload["config"]
@@ -84,8 +85,8 @@ def pretrain_worker(payload: dict[str, Any]) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(payload["result"])
 
     torch.manual_seed(config.seed)  # the same new weights on every rank
-    model = LlamaForCausalLM(llama_config(config, tokenizer)).to(device)
-    parameters = model.num_parameters()
+    model = Transformer(llama_config(config, tokenizer)).to(device)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     prepare_layers(model, config)
     if torch.distributed.is_initialized() and config.strategy == "fsdp2":
         shard(model, getattr(torch, config.compute_dtype))
@@ -111,9 +112,7 @@ def pretrain_worker(payload: dict[str, Any]) -> dict[str, Any]:
     state = full_state(model)  # collective
     samples = []
     if rank == 0:
-        whole = LlamaForCausalLM(llama_config(config, tokenizer))
-        whole.load_state_dict(state, strict=False)  # the head is the embedding, and is listed once
-        whole.tie_weights()
+        whole = to_llama(model.config, state)
         whole.save_pretrained(payload["result"])
         samples = write_samples(whole, tokenizer, payload["samples"])
     return {
@@ -130,7 +129,7 @@ def read_sequences(file: str) -> list[list[int]]:
 
 
 def llama_config(config: PretrainConfig, tokenizer: Any) -> LlamaConfig:
-    """The architecture, with the tokenizer's special tokens; embedding and head share their weights."""
+    """The architecture, with the tokenizer's special tokens."""
     heads = config.model.hidden_size // config.model.head_size
     return LlamaConfig(
         vocab_size=len(tokenizer),
@@ -138,11 +137,11 @@ def llama_config(config: PretrainConfig, tokenizer: Any) -> LlamaConfig:
         intermediate_size=config.model.mlp_size,
         num_hidden_layers=config.model.layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads,
+        num_key_value_heads=config.model.key_value_heads or heads,
         head_dim=config.model.head_size,
         max_position_embeddings=config.model.context,
         initializer_range=config.model.initial_range,
-        tie_word_embeddings=True,
+        tie_word_embeddings=config.model.tie_embeddings,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
