@@ -62,7 +62,8 @@ def empty_model(base: str) -> Any:
 def add_adapter(model: Any, adapter: AdapterConfig) -> Any:
     """Freeze ``model`` and put a new adapter on it, drawn from torch's generator: seed it alike on every rank.
 
-    A target is the name of linear layers, or of a weight that holds a stack of experts (``experts.down_proj``).
+    A target is the name of linear layers, or of a weight that holds a stack of experts (``experts.down_proj``);
+    all-linear are the ``adaptable_layers``.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -71,16 +72,43 @@ def add_adapter(model: Any, adapter: AdapterConfig) -> Any:
     names = target_names(adapter)
     stacks = [f"{name}.{own}" for name, _, own in stacked_experts(model)]
     experts = [name for name in names if any(is_named(stack, name) for stack in stacks)]
-    linear = [name for name in names if name not in experts]
+    linear = [name for name in names if name not in experts] if names else list(adaptable_layers(model))
     lora = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
-        target_modules=(linear or None) if names else ALL_LINEAR,
+        target_modules=linear or None,
         target_parameters=experts or None,
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, lora)
+
+
+def linear_layers(model: Any) -> dict[str, Any]:
+    """What ``load_in_4bit`` quantises: path and layer, the head left out."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+
+
+def adaptable_layers(model: Any) -> dict[str, Any]:
+    """The linear layers that PEFT can adapt: all, or in a mixture of experts those that it does not mistake.
+
+    Transformers 5 stacks experts that were linear layers named ``gate_proj`` or ``w1`` before, and PEFT 0.21 takes such
+    a name for the stack, also where it is a shared expert's layer.
+    """
+    layers = linear_layers(model)
+    if not stacked_experts(model):
+        return layers
+    from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_TARGET_MODULE_MAPPING
+
+    taken = _MOE_TARGET_MODULE_MAPPING.get(_MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type, ""), {})
+    return {path: layer for path, layer in layers.items() if path.rpartition(".")[2] not in taken}
 
 
 def target_names(adapter: AdapterConfig) -> list[str]:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from workbench.errors import UserError
-from workloads.training.adapters import empty_model, is_named, target_names
+from workloads.training.adapters import adaptable_layers, empty_model, is_named, linear_layers, target_names
 from workloads.training.config import AdapterConfig
 from workloads.training.nf4 import packed_bytes, stacked_experts
 
@@ -62,14 +61,13 @@ def examine(base: str, method: str, quantization: str, adapter: AdapterConfig, d
         raise UserError(f"base: {base} holds an adapter: give the model that it was merged into, or its base")
     _check_architecture(base)
     model = empty_model(base)
-    linear = linear_layers(model)
     stacks = {f"{path}.{own}": getattr(module, own) for path, module, own in stacked_experts(model)}
-    targets = _targets(model, linear, stacks, adapter) if method == "lora" else []
+    targets = _targets(model, stacks, adapter) if method == "lora" else []
     size = getattr(torch, dtype).itemsize
     total = sum(parameter.numel() for parameter in model.parameters()) * size
     packed = experts = plain_experts = 0
     if quantization == "nf4":
-        for layer in linear.values():
+        for layer in linear_layers(model).values():
             packed += packed_bytes(layer.weight.numel())
             total += packed_bytes(layer.weight.numel()) - layer.weight.numel() * size
     for path, stack in stacks.items():
@@ -81,18 +79,6 @@ def examine(base: str, method: str, quantization: str, adapter: AdapterConfig, d
             experts += stack.numel() * size
             plain_experts += stack.numel() * size
     return Coverage(dict(Counter(_short(path) for path in targets)), total, packed, experts, plain_experts, dtype)
-
-
-def linear_layers(model: Any) -> dict[str, Any]:
-    """The layers that ``load_in_4bit`` quantises and all-linear adapts: path and layer, the head left out."""
-    from transformers.pytorch_utils import Conv1D
-
-    head = model.get_output_embeddings()
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
-    }
 
 
 def _check_architecture(base: str) -> None:
@@ -119,9 +105,9 @@ def _check_architecture(base: str) -> None:
         )
 
 
-def _targets(model: nn.Module, linear: dict[str, Any], stacks: dict[str, Any], adapter: AdapterConfig) -> list[str]:
+def _targets(model: Any, stacks: dict[str, Any], adapter: AdapterConfig) -> list[str]:
     """The paths of everything that the adapter is put on, in the model's order."""
-    names = target_names(adapter)
+    names, linear = target_names(adapter), adaptable_layers(model)
     if not names:
         return list(linear)
     modules = dict(model.named_modules())
@@ -130,7 +116,7 @@ def _targets(model: nn.Module, linear: dict[str, Any], stacks: dict[str, Any], a
             continue
         known = sorted({_short(path) for path in (*linear, *stacks)})
         if any(is_named(path, name) for path in modules):
-            raise UserError(f"adapter.targets: '{name}' is no linear layer: give some of {', '.join(known)}")
+            raise UserError(f"adapter.targets: '{name}' is no layer that PEFT adapts: give some of {', '.join(known)}")
         near = difflib.get_close_matches(name, [*known, *linear, *stacks], 3, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
         raise UserError(f"adapter.targets: the base has no layer '{name}'; {hint}")
