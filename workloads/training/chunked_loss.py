@@ -90,13 +90,11 @@ def chunked_loss(
     loss: LossFunction,
     chunk: int,
 ) -> Losses:
-    """The loss of ``logits_of(hidden_NH)``, made for ``chunk`` tokens at a time; tokens with label IGNORE are left out.
+    """The loss of ``logits_of(hidden_NH)``, made for ``chunk`` tokens at a time. No label is IGNORE.
 
     ``weights`` are the trained parameters that ``logits_of`` uses. The gradient with respect to them is summed over
     chunks in float32 at least.
     """
-    kept_N = labels_N != IGNORE
-    hidden_NH, labels_N = hidden_NH[kept_N], labels_N[kept_N]
     if torch.is_grad_enabled() and (hidden_NH.requires_grad or weights):
         return Losses(*_ChunkedLoss.apply(labels_N, logits_of, loss, chunk, hidden_NH, *weights))
     total = _zeros(hidden_NH)
