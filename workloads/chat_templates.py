@@ -90,6 +90,19 @@ def load_tokenizer(base: str, chat_template: str = "") -> Any:
     return tokenizer
 
 
+def end_generation(model: Path) -> None:
+    """Let generation with the model saved at ``model`` stop at its tokenizer's end token, which a named template may
+    have changed, beside the end tokens that it knows."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    settings = GenerationConfig.from_pretrained(model)
+    known = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    end = AutoTokenizer.from_pretrained(model).eos_token_id
+    if end not in known:
+        settings.eos_token_id = [*(token for token in known if token is not None), end]
+        settings.save_pretrained(model)
+
+
 def _read(chat_template: str) -> str:
     try:
         return Path(chat_template).expanduser().read_text(encoding="utf-8")

@@ -15,6 +15,7 @@ from pydantic import Field
 from cluster.placement import place_here
 from workbench.resources import Placed
 from workbench.runs import Run, Summary
+from workloads.chat_templates import load_tokenizer
 from workloads.chemistry import commonest_answers
 from workloads.instructions import (
     Instruction,
@@ -37,7 +38,7 @@ class EvalConfig(Placed):
 
     base: ModelSource = Field(description="model folder or hub name")
     tuned: ModelSource = Field(description="model or adapter folder")
-    data: DataSource = Field(CHEMISTRY, description="chemistry, or the JSONL files that sft was given")
+    data: DataSource = Field(CHEMISTRY, description="chemistry, or the files that sft was given, of Alpaca rows")
     split_seed: int = Field(0, description="as in sft: which molecules, or rows, are held out")
     limit: int = Field(600, ge=10, description="held-out questions")
     batch_size: int = Field(64, ge=1, description="questions answered at once")
@@ -74,10 +75,11 @@ def run(config: EvalConfig, run: Run) -> Summary:
     run.input("questions", path=run.artifact("questions.jsonl"), data=str(config.data), **data.facts)
     run.say(f"{len(rows)} held-out questions, {len(majority)} tasks; two models are answering")
 
+    template = load_tokenizer(config.tuned).get_chat_template()  # for a base that was never asked anything
     remote = ray.remote(_answer).options(**placement.options())
     device = placement.device
     pending = [
-        remote.remote(source, rows, device, config.batch_size, config.max_new_tokens)
+        remote.remote(source, rows, device, config.batch_size, config.max_new_tokens, template)
         for source in (config.base, config.tuned)
     ]
     base, tuned = ray.get(pending)
@@ -93,10 +95,14 @@ def run(config: EvalConfig, run: Run) -> Summary:
     return summary
 
 
-def _answer(source: str, rows: list[Instruction], device: str, batch_size: int, max_new_tokens: int) -> list[str]:
+def _answer(
+    source: str, rows: list[Instruction], device: str, batch_size: int, max_new_tokens: int, template: str
+) -> list[str]:
     from workloads.generate import greedy_answers
 
-    return greedy_answers(source, rows, device=device, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    return greedy_answers(
+        source, rows, device=device, batch_size=batch_size, max_new_tokens=max_new_tokens, template=template
+    )
 
 
 def summarise(scored: list[dict[str, Any]], seed: int) -> Summary:

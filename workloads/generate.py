@@ -34,12 +34,16 @@ def load_for_answers(source: str, device: str) -> tuple[Any, Any]:
 
 
 def greedy_answers(
-    source: str, rows: list[Instruction], *, device: str, batch_size: int, max_new_tokens: int
+    source: str, rows: list[Instruction], *, device: str, batch_size: int, max_new_tokens: int, template: str = ""
 ) -> list[str]:
-    """The answer of the model at ``source`` to each row, in the order of ``rows``; text up to the end token."""
+    """The answer of the model at ``source`` to each row, in the order of ``rows``; text up to the end token.
+
+    ``template`` is the chat template to ask with where the model has none.
+    """
     import torch
 
     model, tokenizer = load_for_answers(source, device)
+    tokenizer.chat_template = tokenizer.chat_template or template
     prompts = [prompt(row, tokenizer) for row in rows]
     # A batch runs until its longest answer ends, so questions of one task go together, then those of alike length.
     order = sorted(range(len(rows)), key=lambda i: (rows[i]["task"], len(prompts[i])))

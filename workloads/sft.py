@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from workbench.runs import Run, Summary
+from workloads.chat_templates import end_generation
 from workloads.instructions import SPLIT_FILE, refuse_other_split
 from workloads.progress_report import add_progress, usual_speed
 from workloads.sources import CHEMISTRY, DataSource, ModelSource, TemplateSource, check_model
@@ -99,6 +100,7 @@ def run(config: SftConfig, run: Run) -> Summary:
         run.say("merging the adapter into the base")
         write_merged(config.base, result, run.artifact("merged"), config.compute_dtype)
     else:
+        end_generation(result)
         keep_split_seed(config.base, result)
     report(config, run, rows.facts, rows_table(rows), done, covered)
     return {
@@ -125,6 +127,7 @@ def write_merged(base: str, adapter: Path, folder: Path, dtype: str) -> None:
     from workloads.training.adapters import merge
 
     merge(base, adapter, folder, AutoTokenizer.from_pretrained(adapter), dtype)  # with the template it was tuned with
+    end_generation(folder)
     keep_split_seed(base, folder)
 
 

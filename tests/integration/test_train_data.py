@@ -1,4 +1,4 @@
-"""Conversations from a file to an adapter: tokenized by Ray Data, packed, on one worker or two, with the same losses."""
+"""Conversations from a file to an adapter: tokenized by Ray Data, packed, the same losses on one worker and on two."""
 
 import json
 from collections.abc import Iterator

@@ -8,7 +8,7 @@ import pytest
 
 from workbench.conversations import Message
 from workbench.errors import UserError
-from workloads.chat_templates import TEMPLATES, answers_in, load_tokenizer
+from workloads.chat_templates import TEMPLATES, answers_in, end_generation, load_tokenizer
 from workloads.conversations import Conversation
 from workloads.encoding import Counts, Recipe, encode
 from workloads.tokenizer import CHAT_TEMPLATE
@@ -176,6 +176,18 @@ def test_a_template_whose_tokens_the_tokenizer_lacks_is_refused(tmp_path: Path) 
     with pytest.raises(UserError, match=r"chatml needs the token <\|im_start\|>"):
         load_tokenizer(str(tmp_path), "chatml")
     assert load_tokenizer(str(tmp_path)).eos_token == "<|end|>"
+
+
+def test_generation_stops_at_the_end_token_of_the_template(folder: Path, tmp_path: Path) -> None:
+    from transformers import GenerationConfig
+
+    tokenizer = load_tokenizer(str(folder), "chatml")
+    tokenizer.save_pretrained(tmp_path)
+    GenerationConfig(eos_token_id=1).save_pretrained(tmp_path)
+    for _ in range(2):
+        end_generation(tmp_path)
+        ends = GenerationConfig.from_pretrained(tmp_path).eos_token_id
+        assert ends == [1, tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
 def test_a_long_row_loses_its_beginning_and_is_counted(folder: Path) -> None:
