@@ -1,6 +1,7 @@
 """Tokens per second, model FLOP utilisation and memory: what is counted."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,30 +39,35 @@ def test_a_frozen_weight_costs_four_and_its_adapter_six() -> None:
     assert weight_flops(adapted) == 4 * whole + 6 * lora
 
 
-def test_packed_weights_count_as_the_weights_that_they_hold() -> None:
-    from bitsandbytes.nn import Linear4bit
+def test_packed_weights_count_as_the_weights_that_they_hold(tmp_path: Path) -> None:
+    from workloads.training.adapters import load_base
 
-    model = llama()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    whole = weight_flops(model)
-    for layer in model.model.layers:
-        packed = Linear4bit(64, 96, bias=False, quant_type="nf4").to(CPU)
-        packed.weight.requires_grad_(False)
-        layer.mlp.up_proj = packed
-    assert weight_flops(model) == whole
+    llama().save_pretrained(tmp_path)
+    whole, packed = (load_base(str(tmp_path), "float32", kind, CPU) for kind in ("none", "nf4"))
+    for model in (whole, packed):
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+    assert sum(weight.nbytes for weight in packed.parameters()) < 0.5 * sum(w.nbytes for w in whole.parameters())
+    assert weight_flops(packed) == weight_flops(whole)
 
 
-def test_only_the_experts_that_a_token_visits_count() -> None:
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+def test_only_the_experts_that_a_token_visits_count(tmp_path: Path, kind: Any) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    def flops(experts: int) -> float:
-        sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-        config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=experts)
-        return weight_flops(MixtralForCausalLM(config))
+    from workloads.training.adapters import load_base
 
-    assert flops(4) > 6 * 2 * 3 * 32 * 48  # two experts of three matrices
-    assert 0 <= flops(8) - flops(4) <= 6 * 4 * 32  # four more rows of the router, which some versions hold as a tensor
+    def flops(experts: int) -> float:
+        sizes = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+        config = MixtralConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, num_local_experts=experts)
+        MixtralForCausalLM(config).save_pretrained(tmp_path / str(experts))
+        model = load_base(str(tmp_path / str(experts)), "float32", kind, CPU)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        return weight_flops(model)
+
+    assert flops(4) > 4 * 2 * 3 * 64 * 128  # two experts of three matrices
+    assert 0 <= flops(8) - flops(4) <= 4 * 4 * 64  # four more rows of the router, which some versions hold as a tensor
 
 
 def test_attention_costs_twelve_times_layers_times_width_for_each_token_of_the_sequence() -> None:

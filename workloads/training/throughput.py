@@ -4,6 +4,7 @@ Model FLOP utilisation is Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, append
 needs, not those that recomputed activations add, over what the cards could do.
 """
 
+import math
 import resource
 import sys
 import time
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from workloads.training.batches import Row
+from workloads.training.nf4 import NF4Stack
 
 PEAK_BFLOAT16 = {
     "H200 NVL": 835e12,
@@ -50,16 +52,19 @@ def weight_flops(model: nn.Module) -> float:
     config = _decoder_config(model)
     experts = next((getattr(config, key) for key in ("num_local_experts", "num_experts") if hasattr(config, key)), 0)
     visited = getattr(config, "num_experts_per_tok", 0) / experts if experts else 1.0
-    total = 0.0
+    matrices: list[tuple[str, float, bool]] = []
     for name, module in model.named_modules():
-        share = visited if experts and ".experts" in name else 1.0
-        if hasattr(module, "in_features") and not hasattr(module, "base_layer"):  # the parts of an adapted layer count
+        if isinstance(module, NF4Stack):
+            matrices.append((name, math.prod(module.shape), False))
+        elif hasattr(module, "in_features") and not hasattr(module, "base_layer"):  # an adapted layer has its parts
             weight: Any = module.weight
-            total += share * module.in_features * module.out_features * (6 if weight.requires_grad else 4)
-        elif name.endswith(".experts"):  # fused: one tensor holds the weights of all experts
-            for weight in module.parameters(recurse=False):
-                total += share * weight.numel() * (6 if weight.requires_grad else 4)
-    return total
+            matrices.append((name, module.in_features * module.out_features, weight.requires_grad))
+    for name, stack in model.named_parameters():
+        if stack.dim() == 3:
+            matrices.append((name, stack.numel(), stack.requires_grad))
+    return sum(
+        (visited if ".experts" in name else 1.0) * size * (6 if trained else 4) for name, size, trained in matrices
+    )
 
 
 def attention_flops(model: nn.Module) -> float:
