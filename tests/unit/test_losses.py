@@ -253,6 +253,15 @@ def test_live_bytes_are_counted_once_and_until_they_are_freed() -> None:
         assert counted.now == 40
 
 
+def test_bytes_from_before_are_not_counted_unless_given() -> None:
+    weight = torch.zeros(4, 5)
+    with TensorBytes() as counted:
+        weight.t().add_(1)
+        assert counted.now == 0
+        copy = weight.t().contiguous()
+        assert counted.now == copy.nbytes
+
+
 def test_losses_is_what_a_sharded_root_can_return() -> None:
     from torch.utils._pytree import tree_leaves
 

@@ -126,15 +126,13 @@ class _ChunkedLoss(torch.autograd.Function):
             with torch.enable_grad():
                 hidden_CH = hidden_NH[piece].detach().requires_grad_(hidden_NH.requires_grad)
                 losses = _plain(logits_of(hidden_CH), labels_N[piece], loss)
-                wanted = [hidden_CH, *weights] if hidden_NH.requires_grad else list(weights)
-                found = list(torch.autograd.grad(losses.objective, wanted, allow_unused=True))
+            wanted = [hidden_CH, *weights] if hidden_NH.requires_grad else list(weights)
+            found = list(torch.autograd.grad(losses.objective, wanted, allow_unused=True))
             total = _add(total, losses)
             if gradient_NH is not None and (gradient_CH := found.pop(0)) is not None:
                 gradient_NH[piece] = gradient_CH
-            for summed, gradient in zip(gradients, found, strict=True):
-                if gradient is not None:
-                    summed += gradient
-            del losses, found
+            for summed in reversed(gradients):  # no name keeps a gradient alive while the next one is made
+                _add_in_place(summed, found.pop())
         ctx.save_for_backward(gradient_NH, *gradients)
         ctx.mark_non_differentiable(total.cross_entropy)
         return total
@@ -160,6 +158,11 @@ def _zeros(like: Tensor) -> Losses:
 
 def _add(total: Losses, losses: Losses) -> Losses:
     return Losses(*(first + second.detach() for first, second in zip(total, losses, strict=True)))
+
+
+def _add_in_place(summed: Tensor, gradient: Tensor | None) -> None:
+    if gradient is not None:
+        summed += gradient
 
 
 def _at_least_float32(tensor: Tensor) -> torch.dtype:

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 class TensorBytes(TorchDispatchMode):
     """``peak``: the most bytes of storages that were alive at once, looked at after every operator in the block.
 
-    Counted is what operators in the block returned, forward and backward, and the tensors in ``given`` (say weights),
-    each storage once however many tensors view it. It is what a caching allocator would have handed out without its
+    Counted is what operators in the block made, forward and backward, and the tensors in ``given`` (say weights), each
+    storage once however many tensors view it. It is what a caching allocator would have handed out without its
     rounding. Workspace that an operator frees before it returns is not seen, nor is what compiled code allocates.
     Storages on the meta device count by their nominal size: a step that does not fit the machine can be measured too.
     """
@@ -29,6 +29,9 @@ class TensorBytes(TorchDispatchMode):
         self.peak = 0
         self._sizes: dict[int, int] = {}
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._outside: dict[
+            int, weakref.ref[torch.UntypedStorage]
+        ] = {}  # of tensors from before, which are not counted
         self._look(list(given))
 
     @property
@@ -43,18 +46,28 @@ class TensorBytes(TorchDispatchMode):
         return sum(self._sizes.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for storage in _storages((args, kwargs)):
+            if not _is(self._storages, storage):
+                self._outside[storage._cdata] = weakref.ref(storage)
         result = func(*args, **(kwargs or {}))
         self._look(result)
         return result
 
     def _look(self, tensors: Any) -> None:
         grown = False
-        for tensor in tree_leaves(tensors):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                key = storage._cdata
-                known = self._storages.get(key)
-                if known is None or known() is not storage or self._sizes[key] != storage.nbytes():
-                    self._storages[key], self._sizes[key], grown = weakref.ref(storage), storage.nbytes(), True
+        for storage in _storages(tensors):
+            key = storage._cdata
+            if _is(self._outside, storage) or (_is(self._storages, storage) and self._sizes[key] == storage.nbytes()):
+                continue
+            self._storages[key], self._sizes[key], grown = weakref.ref(storage), storage.nbytes(), True
         if grown:
             self.peak = max(self.peak, self.now)
+
+
+def _is(known: dict[int, weakref.ref[torch.UntypedStorage]], storage: torch.UntypedStorage) -> bool:
+    found = known.get(storage._cdata)
+    return found is not None and found() is storage
+
+
+def _storages(tensors: Any) -> list[torch.UntypedStorage]:
+    return [tensor.untyped_storage() for tensor in tree_leaves(tensors) if isinstance(tensor, Tensor)]
