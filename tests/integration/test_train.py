@@ -152,13 +152,13 @@ def test_the_saved_adapter_has_the_loss_that_was_reported(tuned: tuple[Path, Any
     from workloads.conversations import read_conversations
     from workloads.encoding import Recipe, encode
     from workloads.training.adapters import load_base
-    from workloads.training.loop import mean_loss
+    from workloads.training.loop import held_out_means
 
     artifacts, cpu = tuned[0] / "artifacts", torch.device("cpu")
     model = PeftModel.from_pretrained(load_base(str(base), "float32", "nf4", cpu), artifacts / "adapter")
     held_out = list(read_conversations(artifacts / "validation.jsonl"))
     rows, _ = encode(held_out, load_tokenizer(str(base)), Recipe(str(base), max_length=128))
-    loss = mean_loss(model, rows, 4, cpu)
+    loss = held_out_means(model, rows, 4, cpu)["loss"]
     assert loss == pytest.approx(tuned[1]["validation_loss"], abs=1e-5)
 
 

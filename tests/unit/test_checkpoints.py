@@ -151,10 +151,10 @@ def test_training_ends_when_the_held_out_loss_stops_falling_and_has_the_best_wei
     assert history.best is not None
     losses = dict(history.validation)
     assert [step for step in losses if step > history.best[0]] == [history.step - 2, history.step]
-    from workloads.training.loop import mean_loss
+    from workloads.training.loop import held_out_means
 
     events.checkpoints.load_best(model)
-    again = mean_loss(model, make_rows(20)[15:], 6, torch.device("cpu"))
+    again = held_out_means(model, make_rows(20)[15:], 6, torch.device("cpu"))["loss"]
     assert again == pytest.approx(history.best[1], abs=1e-6)
     assert again < losses[history.step]
 

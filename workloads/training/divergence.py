@@ -36,7 +36,8 @@ class Diverged(Failure):
 
 
 class LossWatch:
-    """Takes each step's loss (this rank's share of it) and gradient norm, and fills ``history.recent``."""
+    """Takes what is watched at each step (this rank's share of it, the loss first) and the gradient's norm, and fills
+    ``history.recent`` and ``recent_figures``."""
 
     def __init__(
         self, history: History, rule: DivergenceConfig | None, batches: Batches, device: torch.device, remember: int
@@ -47,8 +48,9 @@ class LossWatch:
         self._unread: list[tuple[int, Tensor]] = []
 
     def add(self, step: int, share: Tensor, norm: Tensor) -> None:
-        """The loss and gradient norm of the ``step``-th step, before the weights are changed by it. Raises Diverged."""
-        self._unread.append((step, torch.stack((share, norm.to(share)))))
+        """Loss and figures (1 + F), and gradient norm, of the ``step``-th step, before the weights are changed by it.
+        Raises Diverged."""
+        self._unread.append((step, torch.hstack((share, norm.to(share)))))
         if self._at_once:
             self.look()
 
@@ -56,15 +58,16 @@ class LossWatch:
         """Read the steps since the last look. Collective. Raises Diverged, on every rank."""
         if not self._unread:
             return
-        seen = torch.stack([pair for _, pair in self._unread])
+        seen = torch.stack([values for _, values in self._unread])
         if dist.is_initialized():
             dist.all_reduce(seen)
         steps = [step for step, _ in self._unread]
         self._unread.clear()
-        for step, (loss, norm) in zip(steps, seen.tolist(), strict=True):
+        for step, (loss, *figures, norm) in zip(steps, seen.tolist(), strict=True):
             self._judge(step, loss, norm)
             self._history.recent.append(loss)
-        del self._history.recent[: -self._remember]
+            self._history.recent_figures.append(figures)
+        del self._history.recent[: -self._remember], self._history.recent_figures[: -self._remember]
         self._compare(steps[-1])
 
     def _judge(self, step: int, loss: float, norm: float) -> None:

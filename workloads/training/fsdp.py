@@ -107,8 +107,9 @@ def global_norm_clip(model: nn.Module, limit: float) -> Tensor:
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """No dropout inside."""
+    before = model.training
     model.eval()
     try:
         yield
     finally:
-        model.train()
+        model.train(before)

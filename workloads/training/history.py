@@ -1,6 +1,7 @@
 """What a run has been through: its step and losses, and what follows from them. It travels with every checkpoint."""
 
 import math
+import statistics
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,13 +12,15 @@ Curve = list[tuple[int, float]]
 
 @dataclass
 class History:
-    """``step`` steps are done. ``train`` and ``validation`` are (step, mean cross-entropy in nats per target token),
-    whatever else is minimised; ``recent`` has the loss of each of the last steps."""
+    """``step`` steps are done. ``train`` and ``validation`` are (step, loss): mean cross-entropy in nats per target
+    token, whatever else is minimised, or an objective's own. ``recent`` has the loss of each of the last steps, and
+    ``recent_figures`` what else was watched."""
 
     step: int = 0
     train: Curve = field(default_factory=list)
     validation: Curve = field(default_factory=list)
     recent: list[float] = field(default_factory=list)
+    recent_figures: list[list[float]] = field(default_factory=list)
     stopped_early: bool = False
 
     @classmethod
@@ -30,12 +33,13 @@ class History:
         """Plain numbers and lists; a loss that is no finite number is never in them."""
         return asdict(self)
 
-    def log(self) -> float:
-        """The mean loss of the steps since the last of ``train``, where it is added."""
+    def log(self) -> list[float]:
+        """The mean loss of the steps since the last of ``train``, where it is added, and the means of the figures."""
         logged = self.train[-1][0] if self.train else 0
-        since = self.recent[-(self.step - logged) :]
-        self.train.append((self.step, sum(since) / len(since)))
-        return self.train[-1][1]
+        steps = slice(logged - self.step, None)
+        loss = statistics.fmean(self.recent[steps])
+        self.train.append((self.step, loss))
+        return [loss, *map(statistics.fmean, zip(*self.recent_figures[steps], strict=True))]
 
     @property
     def best(self) -> tuple[int, float] | None:

@@ -5,6 +5,7 @@
 Every rank calls ``train`` with the same arguments and a model that is already on its device and, with several ranks,
 sharded (``fsdp.shard``). The same global batch gives the same loss on any number of ranks: the loss is a sum over the
 batch's target tokens divided by how many the *whole* batch has, and a rank takes every ``world``-th sequence of it.
+Another ``Objective`` may weigh rows otherwise.
 Whatever is random at a step is seeded by the step, so a resumed run needs no state but weights, moments and history.
 """
 
@@ -17,11 +18,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from workloads.training.batches import Batches, Row
-from workloads.training.config import LOSS_CHUNK, TrainingConfig
+from workloads.training.config import TrainingConfig
 from workloads.training.divergence import LossWatch
 from workloads.training.fsdp import evaluation_mode, global_norm_clip, last_backward
 from workloads.training.history import History
-from workloads.training.losses import summed_loss, training_loss
+from workloads.training.losses import training_loss
+from workloads.training.objective import NextToken, Objective
 from workloads.training.samples import Sampler
 from workloads.training.throughput import Meter
 
@@ -44,20 +46,22 @@ def train(
     validation: Sequence[Row],
     events: Events,
     optimizer: torch.optim.Optimizer,
+    objective: Objective | None = None,
     history: History | None = None,
     sampler: Sampler | None = None,
 ) -> History:
     """Train the parameters of ``optimizer`` up to ``config.steps`` or an early stop; returns the losses.
 
-    ``history`` is what a checkpoint had, where training goes on from one. Raises Diverged, on every rank, where there
-    is nothing left to train.
+    ``objective`` is the loss of ``config`` on the next token, where nothing else is given. ``history`` is what a
+    checkpoint had, where training goes on from one. Raises Diverged, on every rank, where there is nothing left to
+    train.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = next(model.parameters()).device
     history = history or History()
     watch = LossWatch(history, config.divergence, batches, device, remember=config.log_every)
     meter = Meter(model, device, config.compute_dtype)
-    minimised = training_loss(config)
+    objective = objective or NextToken(training_loss(config), config.loss_chunk)
     model.train()
 
     while history.step < config.steps and not history.stopped_early:
@@ -67,16 +71,16 @@ def train(
             group["lr"] = learning_rate(config, step)
 
         batch = batches[step]
-        targets = sum(row.targets for row in batch)
-        loss = torch.zeros((), device=device)
+        weight = sum(map(objective.weight, batch))
+        watched = torch.zeros(1 + len(objective.figures), device=device)
         micro_batches = list(_micro_batches(batch[rank::world], config.micro_batch_size))
         for number, rows in enumerate(micro_batches):
             last_backward(model, number == len(micro_batches) - 1)  # shards meet once a step
-            losses = summed_loss(model, rows, device, minimised, config.loss_chunk)
-            (losses.objective * world / targets).backward()  # FSDP averages gradients over ranks; the loss is a sum
-            loss += losses.cross_entropy / targets
+            sums = objective(model, rows, device)
+            (sums.objective * world / weight).backward()  # FSDP averages gradients over ranks; the loss is a sum
+            watched += sums.watched / weight
         norm = global_norm_clip(model, config.gradient_clip)
-        watch.add(step + 1, loss, norm)
+        watch.add(step + 1, watched, norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         meter.add(batch)
@@ -87,13 +91,15 @@ def train(
         if validation and (last or _due(done, config.validate_every)):
             watch.look()
             with meter.aside():
-                row["validation_loss"] = mean_loss(model, validation, config.batch_size, device, config.loss_chunk)
+                means = held_out_means(model, validation, config.batch_size, device, objective)
+            row |= {f"validation_{name}": mean for name, mean in means.items()}
             history.validation.append((done, row["validation_loss"]))
             if config.early_stopping is not None and not last:
                 last = history.stopped_early = history.is_out_of_patience(config.early_stopping)
         if last or _due(done, config.log_every):
             watch.look()
-            row |= {"loss": history.log(), "learning_rate": learning_rate(config, step), "gradient_norm": float(norm)}
+            row |= dict(zip(("loss", *objective.figures), history.log(), strict=True))
+            row |= {"learning_rate": learning_rate(config, step), "gradient_norm": float(norm)}
             row |= meter.read()
         if row and rank == 0:
             events.log(done, **row)
@@ -117,21 +123,24 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
 
 
 @torch.no_grad()
-def mean_loss(
-    model: nn.Module, rows: Sequence[Row], batch_size: int, device: torch.device, chunk: int = LOSS_CHUNK
-) -> float:
-    """Mean cross-entropy in nats per target token over ``rows``, the same on every rank."""
+def held_out_means(
+    model: nn.Module, rows: Sequence[Row], batch_size: int, device: torch.device, objective: Objective | None = None
+) -> dict[str, float]:
+    """The mean loss and figures of ``objective`` over ``rows``, the same on every rank; without one ``loss`` is
+    cross-entropy in nats per target token."""
+    objective = objective or NextToken()
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = max(1, batch_size // world)
     by_length = sorted(rows, key=lambda row: len(row.ids))  # alike lengths pad little
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros(1 + len(objective.figures), dtype=torch.float64, device=device)
     with evaluation_mode(model):
         for start in range(0, len(by_length), share * world):  # as many forwards on every rank: they are collective
             rest = by_length[start : start + share * world]
             mine = rest[rank::world] or rest[:1]
-            weight = 1.0 if rest[rank::world] else 0.0
-            total += weight * summed_loss(model, mine, device, chunk=chunk).cross_entropy
-    return float(_sum_over_ranks(total)) / sum(row.targets for row in rows)
+            counted = 1.0 if rest[rank::world] else 0.0
+            total += counted * objective(model, mine, device).watched
+    means = _sum_over_ranks(total) / sum(map(objective.weight, rows))
+    return dict(zip(("loss", *objective.figures), means.tolist(), strict=True))
 
 
 def _micro_batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
