@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from workloads.scaling_law import Law
+
 Curve = list[tuple[int, float]]
 
 
@@ -36,3 +38,44 @@ def accuracy_bars(tasks: list[dict[str, Any]]) -> "go.Figure":
         }
         figure.add_bar(x=[e["task"] for e in tasks], y=shares, name=side, marker_color=colour, error_y=reach)
     return figure
+
+
+def scaling_curves(rows: list[dict[str, Any]], law: "Law", laws: "list[Law]", reach: float) -> "go.Figure":
+    """Loss against parameters on log axes, a colour for each number of tokens: runs, law, and the law ``reach`` times
+    beyond the largest run, dashed, in the 95% interval of ``laws``."""
+    import numpy as np
+    import plotly.graph_objects as go
+    from plotly.colors import qualitative
+
+    from workloads.scaling_law import interval
+
+    figure = go.Figure(layout={"xaxis_title": "parameters", "yaxis_title": "held-out loss, nats per token"})
+    figure.update_layout(height=480, xaxis_type="log", yaxis_type="log")
+    smallest, largest = (edge(row["parameters"] for row in rows) for edge in (min, max))
+    within, beyond = np.geomspace(smallest, largest, 50), np.geomspace(largest, reach * largest, 30)
+    whole = np.concatenate((within, beyond[1:]))
+    for place, tokens in enumerate(sorted({row["tokens"] for row in rows})):
+        colour = qualitative.D3[place % len(qualitative.D3)]
+        name = f"{tokens:,} tokens"
+        line = {"color": colour}
+        low, high = interval([other.loss(whole, tokens) for other in laws])
+        figure.add_scatter(x=whole, y=low, mode="lines", line={"width": 0}, showlegend=False, hoverinfo="skip")
+        figure.add_scatter(
+            x=whole, y=high, mode="lines", line={"width": 0}, fill="tonexty", fillcolor=f"rgba{_rgba(colour, 0.15)}",
+            showlegend=False, hoverinfo="skip",
+        )  # fmt: skip
+        figure.add_scatter(x=within, y=law.loss(within, tokens), mode="lines", line=line, name="law", showlegend=False)
+        figure.add_scatter(
+            x=beyond, y=law.loss(beyond, tokens), mode="lines", line={**line, "dash": "dash"}, name="extrapolation",
+            showlegend=False,
+        )  # fmt: skip
+        mine = [row for row in rows if row["tokens"] == tokens]
+        figure.add_scatter(
+            x=[row["parameters"] for row in mine], y=[row["loss"] for row in mine], mode="markers", name=name,
+            marker={"color": colour, "size": 9},
+        )  # fmt: skip
+    return figure
+
+
+def _rgba(colour: str, opacity: float) -> tuple[float, ...]:
+    return (*(int(colour[place : place + 2], 16) for place in (1, 3, 5)), opacity)

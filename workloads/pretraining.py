@@ -30,7 +30,7 @@ def build_corpus(config: PretrainConfig, run: Run, model: Path) -> dict[str, Any
     molecules, _ = load_molecules()
     split = split_by_scaffold(molecules, seed=config.split_seed)
     wanted = config.steps * config.batch_size
-    copies = config.chemistry_copies or max(1, math.ceil(wanted / len(split["train"])))
+    copies = config.chemistry_copies or _copies(wanted, len(split["train"]))
     run.say(f"writing {copies} records of each of {len(split['train']):,} molecules")
     records = molecule_records(split["train"], copies=copies, randomised=config.randomised, seed=config.seed)
     held_out = molecule_records(split["validation"], copies=1, seed=config.seed)
@@ -72,6 +72,17 @@ def build_corpus(config: PretrainConfig, run: Run, model: Path) -> dict[str, Any
     samples = [(m.smiles, answers(m.smiles)) for m in split["validation"][:4]]
     files["samples"] = samples  # type: ignore[assignment]
     return {"files": files, "facts": facts}
+
+
+def copies_needed(config: PretrainConfig, steps: int) -> int:
+    """How many records of each molecule fill so many steps: ``chemistry_copies`` where it is not given."""
+    return _copies(
+        steps * config.batch_size, len(split_by_scaffold(load_molecules()[0], seed=config.split_seed)["train"])
+    )
+
+
+def _copies(wanted: int, molecules: int) -> int:
+    return max(1, math.ceil(wanted / molecules))
 
 
 def pretrain_worker(payload: dict[str, Any]) -> dict[str, Any]:

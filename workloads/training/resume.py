@@ -39,14 +39,15 @@ def check_resume(config: TrainingConfig) -> None:
     if not complete(folder / CHECKPOINTS):
         raise UserError(f"{run_id(folder)} has no checkpoint to go on from: start again, without resume")
     old = load(type(config), folder / "config.yaml", visit_paths=False)
-    if changes := _changes(old, config):
+    if changed := changes(old, config):
         raise UserError(
-            f"{run_id(folder)} was learning something else: {', '.join(changes)}; give these keys as they were, or "
+            f"{run_id(folder)} was learning something else: {', '.join(changed)}; give these keys as they were, or "
             "start a new run, without resume"
         )
 
 
-def _changes(old: TrainingConfig, new: TrainingConfig) -> list[str]:
+def changes(old: TrainingConfig, new: TrainingConfig) -> list[str]:
+    """What ``new`` would learn otherwise than ``old``, in words."""
     was, now = (flatten(config.model_dump(mode="json")) for config in (old, new))
     was["dtype"], now["dtype"] = old.compute_dtype, new.compute_dtype
     free = old.free - {"dtype"}
