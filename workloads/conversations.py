@@ -5,7 +5,8 @@
     chat      {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
     documents of ``data audit`` and ``data filter`` that were read from one of these
 
-A file is JSON Lines, one JSON array, or Parquet; a folder is its files. The form is told by the first row of each file.
+A file is JSON Lines, one JSON array, or Parquet; a folder is its files; ``hf:NAME`` or ``hf:NAME:SPLIT`` is a data set
+of the hub, or a folder that ``datasets`` wrote. The form is told by the first row of each.
 """
 
 import json
@@ -16,6 +17,7 @@ from typing import Any
 
 from workbench.conversations import ExchangeColumns, Form, Message, SchemaError, looks_like, read_exchange
 from workbench.errors import UserError
+from workloads.sources import HUB
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 FORMS = "instruction and output (Alpaca), conversations (ShareGPT) or messages (chat)"
@@ -91,7 +93,7 @@ def records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
     Of an audit's documents those that are to be removed are left out. Raises UserError for what cannot be read.
     """
-    read = {".parquet": _parquet, ".json": _array}.get(file.suffix, _lines)
+    read = _hub if str(file).startswith(HUB) else {".parquet": _parquet, ".json": _array}.get(file.suffix, _lines)
     for number, record in read(file):
         if not isinstance(record, dict):
             raise UserError(f"{file}:{number}: a row is an object with {FORMS}")
@@ -142,6 +144,24 @@ def _parquet(file: Path) -> Iterator[tuple[int, Any]]:
                 yield number, record
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{file}:{number + 1}: not Parquet: {error}") from None
+
+
+def _hub(source: Path) -> Iterator[tuple[int, Any]]:
+    import datasets
+
+    name, _, split = str(source).removeprefix(HUB).partition(":")
+    datasets.disable_progress_bars()
+    try:
+        saved = Path(name).expanduser()
+        if saved.is_dir() and ((saved / "state.json").is_file() or (saved / "dataset_dict.json").is_file()):
+            loaded = datasets.load_from_disk(str(saved))
+            rows = loaded[split or "train"] if isinstance(loaded, datasets.DatasetDict) else loaded
+        else:
+            rows = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:  # no network, no such set, no such split: each has its own class in a library below
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"data: {source}: {reason}") from None
+    yield from enumerate(rows, 1)
 
 
 def _form(record: Mapping[str, Any], place: str) -> Form:

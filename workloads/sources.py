@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Tag, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, Discriminator, PlainValidator, Tag, TypeAdapter, ValidationInfo
 
 from workbench.config import UNVISITED, InputPath, resolve_path
 from workbench.errors import UserError
@@ -59,6 +59,13 @@ TemplateSource = Annotated[str, AfterValidator(_template)]
 
 
 CHEMISTRY: Literal["chemistry"] = "chemistry"
+HUB = "hf:"
+
+_A_PATH: TypeAdapter[Path] = TypeAdapter(InputPath)
+
+
+def _file_or_set(value: Any, info: ValidationInfo) -> Path:
+    return Path(value) if str(value).startswith(HUB) else _A_PATH.validate_python(value, context=info.context)
 
 
 def _files(value: Any) -> Any:
@@ -71,10 +78,13 @@ def _chemistry_or_files(value: str | list[Path]) -> str | list[Path]:
     return value
 
 
+FileOrSet = Annotated[Path, PlainValidator(_file_or_set)]
+"""A file or folder that must exist, or ``hf:`` and a data set of the hub, as it is written."""
+
 DataSource = Annotated[
-    Annotated[Literal["chemistry"], Tag("name")] | Annotated[list[InputPath], Tag("files")],
+    Annotated[Literal["chemistry"], Tag("name")] | Annotated[list[FileOrSet], Tag("files")],
     Discriminator(lambda value: "name" if value == CHEMISTRY else "files"),  # so that errors speak of one of them
     BeforeValidator(_files),
     AfterValidator(_chemistry_or_files),
 ]
-"""Rows to learn from: ``chemistry``, or files and folders that ``conversations.py`` reads."""
+"""Rows to learn from: ``chemistry``, or files, folders and data sets of the hub that ``conversations.py`` reads."""

@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 
 from workbench.config import runs_root
+from workbench.errors import UserError
 from workbench.files import fingerprint, read_json, write_json
 from workloads.chat_templates import load_tokenizer
 from workloads.conversations import read_conversations
@@ -156,13 +157,16 @@ def _ranges(file: Path) -> Iterator[tuple[int, int]]:
 def _by_ray_data(file: Path, ranges: Sequence[tuple[int, int]], recipe: Recipe, tokenizer: Any, folder: Path) -> Counts:
     """A task and a shard for each range: one that is run twice, because its host died, writes the same."""
     import ray
-    from ray.exceptions import RayTaskError
 
     shared = ray.put(tokenizer)
 
     def tokenize_one(item: dict[str, Any]) -> dict[str, Any]:
         shard = folder / f"part-{item['number']:05d}.arrow"
-        return asdict(tokenize_range(file, (item["start"], item["end"]), recipe, ray.get(shared), shard))
+        try:
+            counts = tokenize_range(file, (item["start"], item["end"]), recipe, ray.get(shared), shard)
+        except UserError as error:  # as an exception it would come back wrapped in those of Ray
+            return {"refused": str(error), **asdict(Counts())}
+        return {"refused": "", **asdict(counts)}
 
     items = [{"number": number, "start": start, "end": end} for number, (start, end) in enumerate(ranges)]
     context = ray.data.DataContext.get_current()
@@ -171,11 +175,10 @@ def _by_ray_data(file: Path, ranges: Sequence[tuple[int, int]], recipe: Recipe, 
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # tells that the bars are off
     dataset = ray.data.from_items(items, override_num_blocks=len(items)).map(tokenize_one)
     total = Counts()
-    try:
-        for made in dataset.iter_rows():
-            total += Counts(**made)
-    except RayTaskError as error:
-        raise error.cause if isinstance(error.cause, Exception) else error from None
+    for made in dataset.iter_rows():
+        if refused := made.pop("refused"):
+            raise UserError(refused)
+        total += Counts(**made)
     return total
 
 

@@ -16,9 +16,10 @@ from workbench.runs import finish, open_run
 from workbench.tracking import read_metrics
 from workloads.chat_templates import load_tokenizer
 from workloads.encoding import Recipe
-from workloads.prepared import prepare
+from workloads.fine_tune import fine_tune
+from workloads.prepared import prepare, recipe_of
 from workloads.sft import SftConfig
-from workloads.tokenized import TokenRows, tokenize
+from workloads.tokenized import TokenRows, cache_folder, tokenize
 from workloads.tokenizer import train_tokenizer
 
 pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
@@ -73,6 +74,14 @@ def config(base: Path, data: Path, *overrides: str) -> SftConfig:
     return load(SftConfig, None, [*given, *overrides])
 
 
+class Nothing:
+    """Events of a run that nobody watches."""
+
+    def log(self, step: int, **values: float) -> None: ...
+
+    def checkpoint(self, history: Any, model: Any, optimizer: Any) -> None: ...
+
+
 def sft(given: SftConfig, name: str) -> tuple[Path, dict[str, Any]]:
     with open_run("workloads", "sft", given, name=name) as run:
         summary = workloads.sft.run(given, run)
@@ -116,8 +125,14 @@ def test_a_mistake_that_a_task_finds_is_the_users(base: Path, root: Path, monkey
 
 def test_packed_conversations_train_alike_on_one_worker_and_on_two(base: Path, data: Path) -> None:
     folder, summary = sft(config(base, data), "packed")
-    single, _ = sft(config(base, data, "workers=1", "strategy=single", "micro_batch_size=1"), "single")
-    assert losses(folder) == pytest.approx(losses(single), abs=1e-5)
+    given = config(base, data, "workers=1", "strategy=single", "micro_batch_size=1")
+    rows, validation = (
+        TokenRows(tokenize(folder / "artifacts" / f"{part}.jsonl", recipe_of(given), cache_folder()))
+        for part in ("train", "validation")
+    )
+    device = torch.device("cpu")
+    alone = fine_tune(given, rows, validation, device=device, events=Nothing(), result=folder / "alone")
+    assert losses(folder) == pytest.approx([loss for _, loss in alone.history.train], abs=1e-5)
     assert losses(folder)[-1] < losses(folder)[0]
     assert summary["rows"] == 108
     assert summary["packing_efficiency"] > 0.9

@@ -41,6 +41,18 @@ def test_every_form_in_every_format_is_the_same_conversation(tmp_path: Path, row
     assert read.source == row.get("id", f"{file.name}:1")
 
 
+def test_a_data_set_by_name_is_read_row_by_row(tmp_path: Path) -> None:
+    import datasets
+
+    saved = tmp_path / "saved"
+    datasets.DatasetDict({"test": datasets.Dataset.from_list([CHAT, CHAT])}).save_to_disk(saved)
+    rows = list(conversations([Path(f"hf:{saved}:test")]))
+    assert [turns(row)[1] for row in rows] == [("assistant", "2")] * 2
+    assert rows[1].source == "saved:test:2"
+    with pytest.raises(UserError, match=f"data: hf:{saved}: 'train'"):
+        list(conversations([Path(f"hf:{saved}")]))
+
+
 def test_each_file_of_a_folder_has_its_own_form(tmp_path: Path) -> None:
     jsonl(tmp_path / "a.jsonl", ALPACA)
     jsonl(tmp_path / "b.jsonl", CHAT, CHAT)
