@@ -99,8 +99,8 @@ def main() -> None:
     given = arguments.parse_args()
     card = f" Timed on {torch.cuda.get_device_name(0)}." if given.time else ""
     text = heading("The loss step in chunks", ["torch"]) + (
-        f"\nHidden size {HIDDEN:,}, {TOKENS:,} target tokens, chunks of {LOSS_CHUNK}. Bytes are counted on tensors without "
-        f"storage and do not depend on the machine.{card}\n\n"
+        f"\nHidden size {HIDDEN:,}, {TOKENS:,} target tokens, chunks of {LOSS_CHUNK}. Bytes are counted on tensors "
+        f"without storage and do not depend on the machine.{card}\n\n"
     )
     write_down(text + table(rows(given.time)), given.append)
 
