@@ -18,23 +18,19 @@ from workloads.chat_templates import end_generation
 from workloads.instructions import SPLIT_FILE, refuse_other_split
 from workloads.progress_report import add_progress, usual_speed
 from workloads.sources import CHEMISTRY, DataSource, ModelSource, TemplateSource, check_model
-from workloads.training.config import AdapterConfig, TrainingConfig
+from workloads.training.config import AdapterConfig, DistillableConfig, TrainingConfig
 
 if TYPE_CHECKING:
     from workloads.training.trainable import Coverage
 
 
-class SftConfig(TrainingConfig):
-    """Config of ``train sft``; also what a sweep varies."""
+class TuningConfig(TrainingConfig):
+    """The keys that ``train sft`` and ``train dpo`` share."""
 
     base: ModelSource = Field(description="model folder or hub name")
-    data: DataSource = Field(
-        CHEMISTRY, description="chemistry, or files of Alpaca, ShareGPT or chat rows: JSONL, JSON, Parquet"
-    )
     chat_template: TemplateSource = Field(
         "", description="alpaca, plain, chatml, llama3 or a Jinja file; empty: the base's"
     )
-    train_on: Literal["answers", "last_answer", "all"] = Field("answers", description="which tokens are learned")
     split_seed: int = Field(0, description="which molecules, or rows, are held out")
     method: Literal["lora", "full"] = Field("lora", description="train an adapter, or all weights")
     quantization: Literal["nf4", "none"] = Field("nf4", description="of the frozen base; nf4 with lora is QLoRA")
@@ -43,17 +39,26 @@ class SftConfig(TrainingConfig):
     )
     adapter: AdapterConfig = Field(AdapterConfig(), description="the LoRA adapter")
     max_length: int = Field(512, ge=8, description="tokens of a sequence; a longer row loses its beginning")
-    packing: bool = Field(False, description="several rows in a sequence of max_length, which do not see each other")
     validation_rows: int = Field(128, ge=1, description="held-out rows whose loss is watched")
     sample_every: int = Field(0, ge=0, description="steps between two looks at what the model answers; 0: none")
     sample_prompts: int = Field(4, ge=1, description="held-out rows that it is asked")
     sample_tokens: int = Field(48, ge=1, description="tokens of a sampled answer at most")
 
     @model_validator(mode="after")
-    def _trainable(self) -> "SftConfig":
+    def _trainable(self) -> "TuningConfig":
         if self.method == "full" and self.quantization != "none":
             raise ValueError("4-bit weights cannot be trained: give quantization=none with method=full, or method=lora")
         return self
+
+
+class SftConfig(TuningConfig, DistillableConfig):
+    """Config of ``train sft``; also what a sweep varies."""
+
+    data: DataSource = Field(
+        CHEMISTRY, description="chemistry, or files of Alpaca, ShareGPT or chat rows: JSONL, JSON, Parquet"
+    )
+    train_on: Literal["answers", "last_answer", "all"] = Field("answers", description="which tokens are learned")
+    packing: bool = Field(False, description="several rows in a sequence of max_length, which do not see each other")
 
 
 def check(config: SftConfig) -> None:
@@ -65,12 +70,18 @@ def check(config: SftConfig) -> None:
     check_model("base", config.base)
     coverage(config)
     refuse_other_split(config.base, config.data, config.split_seed)
+    if config.distill is not None:
+        from workloads.chat_templates import load_tokenizer
+        from workloads.training.distillation import check_teacher
+
+        refuse_other_split(config.distill.teacher, config.data, config.split_seed)
+        check_teacher(config.distill, load_tokenizer(config.base, config.chat_template), config.max_length)
     from workloads.prepared import look
 
     look(config)
 
 
-def coverage(config: SftConfig) -> "Coverage":
+def coverage(config: TuningConfig) -> "Coverage":
     """What of the base is adapted and what is quantised. Raises UserError for what cannot be trained so."""
     from workloads.training.trainable import examine
 

@@ -15,17 +15,23 @@ or 4-bit weights in the head) is its own code, run on each chunk, and is neither
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from workloads.training.batches import IGNORE
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 """(logits_NV in float32, labels_N without IGNORE) -> a scalar: the sum over the N target tokens."""
+
+Logits = Callable[[Tensor], Tensor]
+"""hidden_NH -> logits_NV."""
+
+Made = TypeVar("Made")
 
 
 class Losses(NamedTuple):
@@ -46,11 +52,47 @@ def loss_of(model: nn.Module, inputs: dict[str, Any], labels_BT: Tensor, loss: L
     ``inputs`` are the model's own keywords. ``chunk`` is in tokens; 0 makes the logits of all target tokens at once.
     A model whose hidden states cannot be had apart from its logits gets its logits whole.
     """
+
+    def whole(logits_NV: Tensor, labels_N: Tensor) -> Losses:
+        return _plain(logits_NV, labels_N, loss)
+
+    def cut(hidden_NH: Tensor, labels_N: Tensor, logits_of: Logits, weights: list[nn.Parameter]) -> Losses:
+        return chunked_loss(hidden_NH, labels_N, logits_of, weights, loss, chunk)
+
+    return at_targets(model, inputs, labels_BT, whole, cut if chunk else None)
+
+
+def log_probabilities_of(model: nn.Module, inputs: dict[str, Any], labels_BT: Tensor, chunk: int) -> Tensor:
+    """The log-probability of each label of ``labels_BT`` but ``IGNORE``, given the tokens before it: a vector in
+    float32, row after row. For losses in which a token's weight is known only when all have been seen.
+
+    ``chunk`` is as in ``loss_of``; the logits of a chunk are made again in the backward pass.
+    """
+
+    def cut(hidden_NH: Tensor, labels_N: Tensor, logits_of: Logits, _: list[nn.Parameter]) -> Tensor:
+        def piece(hidden_CH: Tensor, labels_C: Tensor) -> Tensor:
+            return _chosen(logits_of(hidden_CH), labels_C)
+
+        pieces = zip(hidden_NH.split(chunk), labels_N.split(chunk), strict=True)
+        return torch.cat([checkpoint(piece, *each, use_reentrant=False) for each in pieces])
+
+    return at_targets(model, inputs, labels_BT, _chosen, cut if chunk else None)
+
+
+def at_targets(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    labels_BT: Tensor,
+    whole: Callable[[Tensor, Tensor], Made],
+    cut: Callable[[Tensor, Tensor, Logits, list[nn.Parameter]], Made] | None,
+) -> Made:
+    """What ``cut`` makes, within the model's forward pass, of the hidden states that predict a target, its label, the
+    way to logits, and the trained weights on that way; or ``whole`` of logits and labels where there is no cut."""
     causal = _causal(model)
     targets_BT = labels_BT[:, 1:] != IGNORE
     labels_N = labels_BT[:, 1:][targets_BT]
     if causal is None:
-        return _plain(model(**inputs).logits[:, :-1][targets_BT], labels_N, loss)
+        return whole(model(**inputs).logits[:, :-1][targets_BT], labels_N)
     body, own_forward, body_forward = causal.base_model, causal.forward, causal.base_model.forward
     outputs: list[Any] = []
 
@@ -59,7 +101,7 @@ def loss_of(model: nn.Module, inputs: dict[str, Any], labels_BT: Tensor, loss: L
         output = body_forward(*args, **kwargs)
         hidden_1NH = output.last_hidden_state[:, :-1][targets_BT][None]
         outputs.append(replace(output, last_hidden_state=hidden_1NH))
-        return replace(output, last_hidden_state=hidden_1NH[:, :0]) if chunk else outputs[0]
+        return replace(output, last_hidden_state=hidden_1NH[:, :0]) if cut else outputs[0]
 
     def logits_of(hidden_NH: Tensor) -> Tensor:
         """The model's own way from hidden states to logits."""
@@ -68,18 +110,18 @@ def loss_of(model: nn.Module, inputs: dict[str, Any], labels_BT: Tensor, loss: L
             logits_NV: Tensor = own_forward(use_cache=False).logits[0]
             return logits_NV
 
-    def forward_to_loss(*args: Any, **kwargs: Any) -> Losses:
+    def forward_to_result(*args: Any, **kwargs: Any) -> Made:
         with _forward(body, forward_at_targets):
             logits = own_forward(*args, **kwargs).logits
         if not outputs:  # this model's forward does not call its body as a module
-            return _plain(logits[:, :-1][targets_BT], labels_N, loss)
-        if not chunk:
-            return _plain(logits[0], labels_N, loss)
-        return chunked_loss(outputs[0].last_hidden_state[0], labels_N, logits_of, _trained(causal, body), loss, chunk)
+            return whole(logits[:, :-1][targets_BT], labels_N)
+        if cut is None:
+            return whole(logits[0], labels_N)
+        return cut(outputs[0].last_hidden_state[0], labels_N, logits_of, _trained(causal, body))
 
-    with _forward(causal, forward_to_loss):
-        losses: Losses = model(**inputs, use_cache=False)
-        return losses
+    with _forward(causal, forward_to_result):
+        made: Made = model(**inputs, use_cache=False)
+        return made
 
 
 def chunked_loss(
@@ -150,6 +192,12 @@ def _plain(logits_NV: Tensor, labels_N: Tensor, loss: LossFunction) -> Losses:
     objective = loss(logits_NV, labels_N)
     with torch.no_grad():
         return Losses(objective, objective.clone() if loss is cross_entropy else cross_entropy(logits_NV, labels_N))
+
+
+def _chosen(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """The log-probability of each label."""
+    logits_NV = logits_NV.to(_at_least_float32(logits_NV))
+    return logits_NV.gather(-1, labels_N[:, None])[:, 0] - logits_NV.logsumexp(-1)
 
 
 def _zeros(like: Tensor) -> Losses:

@@ -6,9 +6,13 @@ from pydantic import Field, model_validator
 
 from workbench.config import Config
 from workbench.resources import Placed
+from workloads.sources import ModelSource
 
 LOSS_CHUNK = 512
 """Target tokens whose logits exist at once, where nothing else is said."""
+
+PreferenceKind = Literal["sigmoid", "ipo"]
+"""Losses of preference pairs."""
 
 
 class AdapterConfig(Config):
@@ -33,6 +37,15 @@ class DivergenceConfig(Config):
     factor: float = Field(3.0, gt=1, description="times the median loss of the steps before")
     steps: int = Field(10, ge=1, description="steps in a row that must be over it")
     window: int = Field(100, ge=1, description="steps that the median is taken of")
+
+
+class DistillConfig(Config):
+    """A larger model whose distribution over the next token is learned."""
+
+    teacher: ModelSource = Field(description="model folder or hub name, with the tokenizer of the model that learns")
+    weight: float = Field(0.5, gt=0, le=1, description="share of the teacher in the loss; the text has the rest")
+    temperature: float = Field(2.0, gt=0, description="softens both distributions")
+    top_k: int = Field(0, ge=0, description="likeliest tokens that are told apart, all others as one; 0: every token")
 
 
 class TrainingConfig(Placed):
@@ -100,3 +113,15 @@ class TrainingConfig(Placed):
         if self.dtype != "auto":
             return self.dtype
         return "bfloat16" if self.gpus_per_worker else "float32"
+
+
+class DistillableConfig(TrainingConfig):
+    """Of training that may have a teacher."""
+
+    distill: DistillConfig | None = Field(None, description="learn from a larger model as well")
+
+    @model_validator(mode="after")
+    def _one_softening(self) -> "DistillableConfig":
+        if self.distill is not None and (self.label_smoothing or self.z_loss):
+            raise ValueError("distill softens the targets by its teacher: give label_smoothing=0 and z_loss=0")
+        return self
