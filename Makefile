@@ -1,7 +1,7 @@
 # make demo   installs into .venv and runs the main job end to end
 # make test   installs what the tests need and runs lint, types and tests
 # make lab    runs the tests on several hosts in namespaces, 20 to 30 minutes on two cores; needs root and Debian packages
-# make soak   kills embedding runs and a Milvus server at random, ROUNDS=10 times each, from KILL_SEED if that is given
+# make soak   kills embedding, training and a Milvus server at random, ROUNDS=10 times each, from KILL_SEED if that is given
 # make bench-data  audits real text of ROWS=500000 documents: memory, what was found, and the time beside other tools
 # Variables of install.sh: PYTHON, EXTRA=cpu|cuda|none, TORCH_INDEX. Demo: ARGS="--fresh".
 
@@ -30,7 +30,7 @@ lab: .venv/installed-dev
 
 soak: .venv/installed-dev
 	KILL_ROUNDS=$(or $(ROUNDS),10) $(RUN) pytest tests/integration/test_milvus_server.py \
-	    tests/integration/test_embed_kill.py $(ARGS)
+	    tests/integration/test_embed_kill.py tests/integration/test_train_kill.py $(ARGS)
 
 bench-data: ROWS ?= 500000
 bench-data: .venv/installed
