@@ -54,6 +54,7 @@ class TrainingConfig(Placed):
     several: ClassVar[bool] = True
     free: ClassVar[set[str]] = {
         "resources", "workers", "cpus_per_worker", "gpus_per_worker", "strategy", "dtype", "gradient_checkpointing",
+        "compile",
         "micro_batch_size", "loss_chunk", "max_failures", "log_every", "validate_every", "checkpoint_every",
         "keep_last", "keep_best", "early_stopping", "divergence", "sample_every", "sample_prompts", "sample_tokens",
         "resume",
