@@ -17,6 +17,7 @@ from workloads.training.batches import Batches, Row
 from workloads.training.checkpoint import Export
 from workloads.training.compiling import prepare_layers
 from workloads.training.devices import device_of
+from workloads.training.distillation import distillation
 from workloads.training.fsdp import full_state, shard, sharded_bytes
 from workloads.training.history import History
 from workloads.training.loop import Events, train
@@ -90,6 +91,9 @@ def fine_tune(
     prepare_layers(model, config)
     if torch.distributed.is_initialized() and config.strategy == "fsdp2":
         shard(model, getattr(torch, config.compute_dtype))
+    objective = distillation(config.distill, config, device)
+    if config.packing and objective is not None:
+        check_packing(objective.teacher, 1)
     optimizer = torch.optim.AdamW(
         trainable_parameters(model), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
     )
@@ -109,6 +113,7 @@ def fine_tune(
         validation=validation,
         events=events,
         optimizer=optimizer,
+        objective=objective,
         history=history,
         sampler=sampler,
     )

@@ -16,8 +16,10 @@ from workbench.config import Config, InputPath
 from workbench.files import write_json
 from workbench.runs import Run, Summary
 from workloads.corpus import document_files, documents_version
+from workloads.instructions import SPLIT_FILE, refuse_other_split
 from workloads.progress_report import add_progress, usual_speed
-from workloads.training.config import TrainingConfig
+from workloads.sources import CHEMISTRY
+from workloads.training.config import DistillableConfig
 
 
 class ArchitectureConfig(Config):
@@ -46,11 +48,13 @@ class ArchitectureConfig(Config):
         return self
 
 
-class PretrainConfig(TrainingConfig):
+class PretrainConfig(DistillableConfig):
     """Config of ``train pretrain``."""
 
     model: ArchitectureConfig = Field(ArchitectureConfig(), description="sizes of the model")
-    vocabulary: int = Field(1024, ge=300, description="tokens of the tokenizer, bytes and special ones included")
+    vocabulary: int = Field(
+        1024, ge=300, description="tokens of the tokenizer, bytes and special ones included; with distill the teacher's"
+    )
     max_length: int = Field(
         256, ge=16, description="tokens of a training sequence at most; longer texts are cut into pieces"
     )
@@ -64,12 +68,18 @@ class PretrainConfig(TrainingConfig):
 
 
 def check(config: PretrainConfig) -> None:
-    """Raise UserError for documents that are not Parquet with a column ``text``, and a run that cannot be resumed."""
+    """Raise UserError for documents that are not Parquet with a column ``text``, a run that cannot be resumed, and a
+    teacher that cannot teach or has seen the molecules that are held out."""
     from workloads.training.resume import check_resume
 
     check_resume(config)
     if config.documents:
         document_files(config.documents)
+    if config.distill is not None:
+        from workloads.training.distillation import check_teacher
+
+        check_teacher(config.distill, None, config.max_length)
+        refuse_other_split(config.distill.teacher, CHEMISTRY, config.split_seed)
 
 
 def run(config: PretrainConfig, run: Run) -> Summary:
@@ -86,7 +96,7 @@ def run(config: PretrainConfig, run: Run) -> Summary:
     corpus = build_corpus(config, run, model)
     run.say(f"training {config.steps} steps of {config.batch_size} sequences")
     done = fit(pretrain_worker, {"config": config, **corpus["files"], "result": str(model)}, config, run)
-    write_json(model / "chemistry_split.json", {"split_seed": config.split_seed})
+    write_json(model / SPLIT_FILE, {"split_seed": config.split_seed})
     report(config, run, corpus["facts"], done)
     return {
         "parameters": done["parameters"],

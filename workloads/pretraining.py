@@ -17,6 +17,7 @@ from workloads.tokenizer import train_tokenizer
 from workloads.training.batches import Batches, Row
 from workloads.training.compiling import prepare_layers
 from workloads.training.devices import device_of
+from workloads.training.distillation import distillation
 from workloads.training.fsdp import full_state, shard
 from workloads.training.loop import train
 from workloads.training.ray_train import WorkerEvents
@@ -44,8 +45,12 @@ def build_corpus(config: PretrainConfig, run: Run, model: Path) -> dict[str, Any
                 break
             documents.append(text)
             characters -= len(text)
-    run.say(f"{len(records):,} records and {len(documents):,} documents; training the tokenizer")
-    tokenizer = train_tokenizer(records[:5000] + documents, config.vocabulary, config.model.context)
+    whose = "training the tokenizer" if config.distill is None else "with the teacher's tokenizer"
+    run.say(f"{len(records):,} records and {len(documents):,} documents; {whose}")
+    if config.distill is None:
+        tokenizer = train_tokenizer(records[:5000] + documents, config.vocabulary, config.model.context)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(config.distill.teacher, model_max_length=config.model.context)
     tokenizer.save_pretrained(str(model))
     texts = records + documents
     random.Random(f"order {config.seed}").shuffle(texts)
@@ -101,6 +106,7 @@ def pretrain_worker(payload: dict[str, Any]) -> dict[str, Any]:
     prepare_layers(model, config)
     if torch.distributed.is_initialized() and config.strategy == "fsdp2":
         shard(model, getattr(torch, config.compute_dtype))
+    objective = distillation(config.distill, config, device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
     )
@@ -115,6 +121,7 @@ def pretrain_worker(payload: dict[str, Any]) -> dict[str, Any]:
             validation=rows["validation"],
             events=events,
             optimizer=optimizer,
+            objective=objective,
             history=history,
         )
         if history.stopped_early:

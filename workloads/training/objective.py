@@ -26,8 +26,9 @@ class Sums(NamedTuple):
 class Objective(Protocol):
     """A mean over rows: their sums by their weight. The same sums come of any cut of a batch into micro batches."""
 
-    figures: tuple[str, ...]
-    """Names of what is watched beside the loss."""
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Names of what is watched beside the loss."""
 
     def weight(self, row: Row) -> int:
         """What ``row`` counts in the mean."""
