@@ -25,11 +25,11 @@ from workloads.training.checkpoint import complete, step_of
 
 pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(900)]
 
-STEPS, EVERY = 60, 5
+STEPS, EVERY = 30, 4
 
 KEYS = [
     f"steps={STEPS}", "batch_size=4", "max_length=64", "warmup_steps=2", "log_every=1", f"checkpoint_every={EVERY}",
-    "validate_every=20", "validation_rows=4", "cpus_per_worker=0.5", "adapter.rank=4",
+    "validate_every=10", "validation_rows=4", "cpus_per_worker=0.5", "adapter.rank=4",
     "keep_last=1", "max_failures=1",
 ]  # fmt: skip
 
@@ -109,7 +109,7 @@ def kill_at(root: Path, name: str, step: int, choose: Callable[[Path], psutil.Pr
 def test_a_killed_worker_costs_only_the_steps_since_the_last_checkpoint(
     root: Path, undisturbed: tuple[list[tuple[int, float]], Weights], victim: str, number: int
 ) -> None:
-    step, name = dice(victim, number).randrange(2, STEPS - 15), f"{victim.replace(' ', '-')}-{number}"
+    step, name = dice(victim, number).randrange(2, STEPS - 8), f"{victim.replace(' ', '-')}-{number}"
     killed: list[tuple[int, int]] = []
 
     def choose(folder: Path) -> psutil.Process:
@@ -133,7 +133,7 @@ def test_a_killed_driver_leaves_a_run_that_another_command_finishes(
 ) -> None:
     import ray
 
-    step, name = dice("driver", number).randrange(EVERY + 1, STEPS - 15), f"driver-{number}"
+    step, name = dice("driver", number).randrange(EVERY + 1, STEPS - 8), f"driver-{number}"
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     driver = subprocess.Popen(
         [sys.executable, "-m", "workbench", "train", "sft", *keys(root), "--name", name], env=environment
