@@ -55,6 +55,35 @@ def test_the_triton_kernel_undoes_nf4_as_bitsandbytes_does() -> None:
     assert done.stdout.split() == ["equal"] * 12
 
 
+@pytest.mark.parametrize("capability", [90, 120])
+def test_the_triton_kernel_compiles_for_cards_without_a_fused_multiply_add(capability: int) -> None:
+    """What bitsandbytes rounds twice, a fused one would round once. Triton needs no card to compile."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from workloads.training.nf4_kernel import ROWS, _undo
+
+    kinds = ["*u8", "*u8", "*fp32", "*fp32", "*bf16", "i32", "i32", "i32", "constexpr", "constexpr"]
+    source = ASTSource(
+        _undo, dict(zip(_undo.arg_names, kinds, strict=True)), {"ROWS": ROWS, "ROUND": False},
+        {(place,): [["tt.divisibility", 16]] for place in range(8)},
+    )  # fmt: skip
+    target = GPUTarget("cuda", capability, 32)
+    code = triton.compile(source, target=target, options={"enable_fp_fusion": False}).asm["ptx"]
+    assert "st.global.v4.b32" in code
+    assert "fma.rn.f32" not in code
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it runs where there is a card")
+def test_the_benchmark_refuses_without_a_card(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    import benchmarks.nf4_kernel
+
+    monkeypatch.setattr(sys, "argv", ["nf4_kernel"])
+    assert benchmarks.nf4_kernel.main() == 2
+    assert "no CUDA card" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("kernel", ["torch", "bitsandbytes"])
 def test_a_layer_and_its_gradient_are_those_of_bitsandbytes(kernel: str, bias: bool) -> None:
