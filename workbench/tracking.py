@@ -123,7 +123,10 @@ class Tracker:
         from tensorboardX import SummaryWriter
 
         self._lines = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(self.folder / "tensorboard"), write_to_disk=True, purge_step=self._first_step)
+        again = "" if self._first_step is None else f".from-{self._first_step}"
+        self._board = SummaryWriter(
+            str(self.folder / "tensorboard"), write_to_disk=True, purge_step=self._first_step, filename_suffix=again
+        )
         self._wandb = self._start_wandb()
         self._started = True
 
