@@ -70,4 +70,6 @@ def _is(known: dict[int, weakref.ref[torch.UntypedStorage]], storage: torch.Unty
 
 
 def _storages(tensors: Any) -> list[torch.UntypedStorage]:
-    return [tensor.untyped_storage() for tensor in tree_leaves(tensors) if isinstance(tensor, Tensor)]
+    """What lies behind ``tensors``; behind a DTensor, which claims the size of the whole, this rank's shard."""
+    held = [tensor for tensor in tree_leaves(tensors) if isinstance(tensor, Tensor)]
+    return [getattr(tensor, "_local_tensor", tensor).untyped_storage() for tensor in held]
