@@ -31,6 +31,7 @@ WAYS = {
     "qlora, recomputed": ["gradient_checkpointing=true"],
     "lora, packed": ["quantization=none", "packing=true"],
     "qlora, packed": ["packing=true"],
+    "full, distilled": ["method=full", "quantization=none", "distill.teacher={teacher}", "distill.temperature=3"],
 }
 """Overrides of ``train sft``, in float32."""
 
@@ -67,7 +68,7 @@ def make_rows(base: Path, count: int) -> list[Any]:
     return rows
 
 
-def make_base(folder: Path) -> None:
+def make_base(folder: Path, seed: int = 5, hidden: int = 64) -> None:
     """A random Llama of two layers, and a tokenizer trained on the rows."""
     import torch
     from tokenizers import ByteLevelBPETokenizer
@@ -79,8 +80,8 @@ def make_base(folder: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<|end|>", pad_token="<|end|>")
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
-    torch.manual_seed(5)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": hidden, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.1, eos_token_id=tokenizer.eos_token_id, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder)
 
@@ -107,7 +108,8 @@ def run_rank(rank: int, world: int, folder: Path) -> None:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{world}", rank=rank, world_size=world)
     losses = {}
     for name in ways_of(world):
-        config = load(SftConfig, None, [f"base={json.dumps(str(folder / 'base'))}", *SHARED, *WAYS[name]])
+        way = [override.format(teacher=folder / "teacher") for override in WAYS[name]]
+        config = load(SftConfig, None, [f"base={json.dumps(str(folder / 'base'))}", *SHARED, *way])
         rows = make_rows(folder / "base", 60)
         done = fine_tune(
             config, rows[:50], rows[50:], device=torch.device("cpu"), events=Silent(), rank=rank,
@@ -137,6 +139,7 @@ def run_all(folder: Path, worlds: tuple[int, ...] = WORLDS) -> dict[int, dict[st
 
 def _make_base_in(_: int, folder: Path) -> None:
     make_base(folder / "base")
+    make_base(folder / "teacher", seed=6, hidden=96)
 
 
 def main() -> None:
