@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from workloads.training.config import AdapterConfig
-from workloads.training.nf4 import Kernel, kernel_for, quantize_experts, stacked_experts, use_nf4_linear
+from workloads.training.config import AdapterConfig, Kernel
+from workloads.training.nf4 import kernel_for, quantize_experts, stacked_experts, use_nf4_linear
 
 ALL_LINEAR = "all-linear"
 

@@ -15,6 +15,10 @@ PreferenceKind = Literal["sigmoid", "ipo"]
 """Losses of preference pairs."""
 
 
+Kernel = Literal["auto", "bitsandbytes", "torch", "triton"]
+"""What undoes NF4: bitsandbytes' own code, plain PyTorch, or one Triton kernel; auto: by the device."""
+
+
 class AdapterConfig(Config):
     """A LoRA adapter: what is added to each targeted linear layer."""
 

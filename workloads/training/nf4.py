@@ -15,7 +15,7 @@ nothing but the bytes is kept.
 import functools
 import importlib.util
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from workbench.errors import Failure
-
-Kernel = Literal["auto", "bitsandbytes", "torch", "triton"]
+from workloads.training.config import Kernel
 
 
 def kernel_for(wanted: Kernel, device: torch.device) -> str:
