@@ -18,7 +18,7 @@ from workloads.chat_templates import end_generation
 from workloads.instructions import SPLIT_FILE, refuse_other_split
 from workloads.progress_report import add_progress, usual_speed
 from workloads.sources import CHEMISTRY, DataSource, ModelSource, TemplateSource, check_model
-from workloads.training.config import AdapterConfig, DistillableConfig, TrainingConfig
+from workloads.training.config import AdapterConfig, DistillableConfig, Kernel, TrainingConfig
 
 if TYPE_CHECKING:
     from workloads.training.trainable import Coverage
@@ -34,9 +34,7 @@ class TuningConfig(TrainingConfig):
     split_seed: int = Field(0, description="which molecules, or rows, are held out")
     method: Literal["lora", "full"] = Field("lora", description="train an adapter, or all weights")
     quantization: Literal["nf4", "none"] = Field("nf4", description="of the frozen base; nf4 with lora is QLoRA")
-    nf4_kernel: Literal["auto", "bitsandbytes", "torch", "triton"] = Field(
-        "auto", description="what undoes NF4; auto: triton on CUDA, bitsandbytes on a CPU"
-    )
+    nf4_kernel: Kernel = Field("auto", description="what undoes NF4; auto: triton on CUDA, bitsandbytes on a CPU")
     adapter: AdapterConfig = Field(AdapterConfig(), description="the LoRA adapter")
     max_length: int = Field(512, ge=8, description="tokens of a sequence; a longer row loses its beginning")
     validation_rows: int = Field(128, ge=1, description="held-out rows whose loss is watched")
