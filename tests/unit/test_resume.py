@@ -94,7 +94,9 @@ def test_the_newest_and_the_best_checkpoint_are_taken_over_with_every_step_once(
         run.input("train", path=folder / "artifacts" / "train.jsonl")
         assert adopt(str(folder), run) == 8
         assert [path.name for path in complete(run.folder / CHECKPOINTS)] == ["step-00000004", "step-00000008"]
-        Tracker(run.folder, first_step=9).log(9, loss=0.0)
+        tracker = Tracker(run.folder, first_step=9)
+        tracker.log(9, loss=0.0)
+        tracker.close()
         assert read_json(run.folder / "inputs.json")["resume"]["step"] == 8
     assert [row["step"] for row in read_metrics(run.folder)] == list(range(1, 10))
     assert (run.folder / SAMPLES).read_text() == '{"step": 4}\n'
