@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from pydantic import Field, field_validator, model_validator
 
 from cluster.placement import place_here
-from data_pipelines.gates import check_gates, crossed
+from data_pipelines.gates import Gate, check_gates, crossed
 from data_pipelines.pii import KINDS
 from data_pipelines.reading import Opened, Reading, open_reading
 from workbench.errors import Failure, UserError
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from data_pipelines.measure import Measures
 
 TRAINING = "train"
+SHOWN_FILES = 20
 FIGURES = ("leakage", "duplicates", "quarantine", "personal", "secret", "mojibake", "conflict")
 """Shares, 0 to 1, that a gate may name beside the counts: of the evaluation documents that are in training documents,
 of the documents that are duplicates, of the rows that could not be read, and of the documents with a finding."""
@@ -79,6 +80,18 @@ class AuditConfig(Reading, Placed):
     def _known_gates(cls, gates: list[str]) -> list[str]:
         check_gates(gates, [*FIGURES, *COUNTS])
         return gates
+
+    @model_validator(mode="after")
+    def _gates_can_be_seen(self) -> Self:
+        asked = {Gate.parse(text).name for text in self.fail_on}
+        if len(self.splits) < 2 and (of_splits := asked & {"leakage", "leaks"}):
+            raise ValueError(
+                f"fail_on: {min(of_splits)} compares splits, and there is only one: give splits: "
+                "{train: {source: ...}, test: {source: ...}}"
+            )
+        if "conflict" in asked and all(reading.form == "text" for reading in self.sources.values()):
+            raise ValueError("fail_on: conflict is of instruction sets: say form=alpaca, sharegpt or chat")
+        return self
 
     @model_validator(mode="after")
     def _splits_are_named(self) -> Self:
@@ -143,6 +156,10 @@ def run(config: AuditConfig, run: Run) -> Summary:
         run.input(f"{split}: {source.name}" if split else source.name, **source.facts)
         size = sum(item.size for item in source.items) / 1e6
         run.say(f"reading {f'{split}: ' if split else ''}{len(source.items):,} parts ({size:,.0f} MB)")
+        if source.left_out:
+            run.say(f"{len(source.left_out):,} files of other kinds are left out, such as {source.left_out[0]}")
+            rows = [{"file": name} for name in source.left_out[:SHOWN_FILES]]
+            run.report.table(f"Files left out: {len(source.left_out):,}", rows, note="none of the kinds that are read")
     began = time.monotonic()
     corpus = Corpus(run.artifact("documents"), run.artifact("quarantine.parquet"))
     with corpus:

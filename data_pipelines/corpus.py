@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipelines.duplicates import ShingleSets, shares_bucket, survivors, words_of
-from data_pipelines.index import Index, conflicting
+from data_pipelines.index import Index, conflicting, copies_of, copy_name
 from data_pipelines.leakage import Leak, Runs, find_leaks, longest_shared
 from data_pipelines.pii import KINDS
 from data_pipelines.statistics import Statistics
@@ -230,7 +230,7 @@ class Corpus:
             table = pa.concat_tables(tables, promote_options="default") if len(tables) > 1 else tables[0]
             table = self._with_findings(self._unrepeated(table))
             version.add(table["id"].to_pylist(), table["text"].to_pylist())
-            table = table.drop_columns(["content"])
+            table = table.drop_columns(["content", "unnamed"])
             pq.write_table(table, self._partial / f"part-{shard:x}.parquet", compression="zstd")
             self.statistics.update(table, largest)
         self.statistics.largest.sort(key=lambda row: (-row["copies"], row["title"]))
@@ -253,14 +253,16 @@ class Corpus:
 
     def _texts(self, places: np.ndarray) -> dict[int, str]:
         """The texts of these documents, by their place in the index."""
-        return {
+        base = self.index.base[places]
+        read = {
             place: text
-            for found, texts in self._read(places)
+            for found, texts in self._read(np.unique(base))
             for place, text in zip(found.tolist(), texts, strict=True)
         }
+        return {place: read[own] for place, own in zip(places.tolist(), base.tolist(), strict=True)}
 
     def _read(self, places: np.ndarray) -> Iterator[tuple[np.ndarray, list[str]]]:
-        """(places, texts) of these documents, some thousands at a time."""
+        """(places, texts) of these documents, none a copy by name, some thousands at a time."""
         places = np.sort(places)
         ids, content = self.index.ids[places], self.index.content[places]
         splits = np.unique(self.index.split[places]).tolist()
@@ -275,9 +277,14 @@ class Corpus:
                     yield found, batch["text"].take(pa.array(wanted[first])).to_pylist()
 
     def _unrepeated(self, table: pa.Table) -> pa.Table:
-        """Sorted by id; of rows with one id the one that the index counts stays, the others are quarantined."""
+        """Sorted by id; of rows with one given id the one that the index counts stays, the others are quarantined."""
         table = table.sort_by([("id", "ascending"), ("content", "ascending")])
-        ids = np.array([name.encode() for name in table["id"].to_pylist()])
+        names = table["id"].to_pylist()
+        copies = copies_of(np.array(names)) * table["unnamed"].to_numpy()
+        for place in np.flatnonzero(copies).tolist():
+            names[place] = copy_name(names[place], copies[place])
+        table = table.set_column(table.column_names.index("id"), "id", pa.array(names))
+        ids = np.array([name.encode() for name in names])
         again = np.flatnonzero(np.concatenate([[False], ids[1:] == ids[:-1]]))
         if not len(again):
             return table

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data_pipelines.columns import Columns
-from data_pipelines.sources import Row
+from data_pipelines.sources import Row, is_sound
 from workbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,7 +37,10 @@ class Query:
                 found = connection.execution_options(yield_per=ROWS_AT_ONCE).execute(text(self.statement))
                 for record in found.mappings():
                     line += 1
-                    yield self.columns.row(dict(record), f"{self.name}:{line}")
+                    if any(isinstance(value, str) and not is_sound(value) for value in record.values()):
+                        yield Row(self.name, "", f"{self.name}:{line}", "undecodable row")
+                    else:
+                        yield self.columns.row(dict(record), f"{self.name}:{line}")
         except (SQLAlchemyError, UnicodeDecodeError) as error:
             yield Row(self.name, "", f"{self.name}:{line + 1}", f"unreadable rows ({type(error).__name__})")
         finally:
@@ -81,7 +84,14 @@ def query_rows(url: str, statement: str, columns: Columns) -> Query:
 
 
 def _engine(url: str) -> "Engine":
-    from sqlalchemy import create_engine
+    from sqlalchemy import create_engine, event
     from sqlalchemy.pool import NullPool
 
-    return create_engine(url, poolclass=NullPool)
+    engine = create_engine(url, poolclass=NullPool)
+    if engine.dialect.name == "sqlite":  # which else ends at the first text that is not UTF-8
+
+        @event.listens_for(engine, "connect")
+        def _lenient(connection: Any, _: Any) -> None:
+            connection.text_factory = lambda given: given.decode("utf-8", "surrogateescape")
+
+    return engine

@@ -8,7 +8,7 @@ again, it repeats at most what was in flight and ends with the same rows.
 import time
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from cluster.placement import Placement, place_here
 from data_pipelines.collection import Collection
@@ -79,6 +79,15 @@ class EmbedConfig(Placed):
     cpus_per_worker: float = Field(default=1, gt=0, description="CPUs (and threads) of each")
     gpus_per_worker: float = Field(default=0, ge=0, description="GPUs of each")
     patience: float = Field(default=300, ge=0, description="seconds to try again while a server does not answer")
+
+    @field_validator("metadata")
+    @classmethod
+    def _further_columns(cls, names: list[str]) -> list[str]:
+        if stored := sorted({"id", "text", "title", "source"} & set(names)):
+            raise ValueError(f"'{stored[0]}' is stored in a column of its own: leave it out")
+        if again := sorted(name for name in set(names) if names.count(name) > 1):
+            raise ValueError(f"'{again[0]}' is named twice")
+        return names
 
     def recipe(self) -> "Recipe":
         """How texts become rows."""

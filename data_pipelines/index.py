@@ -13,8 +13,8 @@ class Index:
     """Gather with ``add``, then ``close``: from then on each name is an array with one entry a document, ordered by
     id, so that nothing depends on the order in which documents arrive.
 
-    ``alive`` says which rows count: of rows with one id only one does. ``places`` maps a row's place on arrival to its
-    place now.
+    ``alive`` says which rows count: of rows with one given id only one does. ``places`` maps a row's place on arrival
+    to its place now. Equal documents without a given id get ``copy_name``s; ``base`` is the place of the first of them.
     """
 
     splits: list[str] = field(default_factory=list)
@@ -32,6 +32,7 @@ class Index:
         self._take("bands", bands.reshape(-1, BANDS))
         self._take("characters", batch["characters"].to_numpy())
         self._take("content", batch["content"].to_numpy())
+        self._take("unnamed", batch["unnamed"].to_numpy(zero_copy_only=False))
         self._take("split", np.full(batch.num_rows, self.splits.index(split), dtype=np.uint16))
         exchange = "prompt_hash" in batch.column_names
         for name in ("prompt_hash", "answer_hash"):
@@ -54,6 +55,12 @@ class Index:
         self.ids, self.hashes, self.bands = joined["ids"], joined["hashes"], joined["bands"]
         self.characters, self.content, self.split = joined["characters"], joined["content"], joined["split"]
         self.prompts, self.answers = joined["prompt_hash"], joined["answer_hash"]
+        copies = copies_of(self.ids) * joined["unnamed"]
+        self.base = np.arange(self.rows) - copies
+        if copies.any():
+            self.ids = self.ids.astype(f"S{self.ids.dtype.itemsize + 8}")
+            for place in np.flatnonzero(copies).tolist():
+                self.ids[place] = copy_name(self.name(place), copies[place]).encode()
         self.alive = np.concatenate([[True], self.ids[1:] != self.ids[:-1]])
 
     def name(self, index: int) -> str:
@@ -64,6 +71,17 @@ class Index:
         """The indices of the documents of ``splits`` that count."""
         wanted = [place for place, name in enumerate(self.splits) if name in splits]
         return np.flatnonzero(np.isin(self.split, wanted) & self.alive)
+
+
+def copies_of(ids: np.ndarray) -> np.ndarray:
+    """How many entries of the same id stand before each entry of ``ids``, which are sorted."""
+    first = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]]))
+    return np.arange(len(ids)) - np.repeat(first, np.diff([*first, len(ids)]))
+
+
+def copy_name(name: str, copies: int) -> str:
+    """The id of a document with ``copies`` equal ones before it; names stay in order."""
+    return f"{name}-{copies + 1:07d}"
 
 
 def conflicting(index: Index) -> dict[str, int]:

@@ -40,17 +40,14 @@ class Measures:
     evaluation: Any = None
 
 
-def document_id(text: str, source: str, split: str = "") -> str:
-    """32 hex digits that name a document by its content and where it is from."""
-    place = f"{split}\0{source}" if split else source
-    return hashlib.blake2b(f"{place}\0{text}".encode(), digest_size=16).hexdigest()
-
-
-def ids_of(keys: list[str], texts: list[str], sources: list[str], splits: list[str]) -> list[str]:
-    """The id of each document: the given one, after its split's name where there are splits, or that of its content."""
+def ids_of(keys: list[str], contents: list[str], splits: list[str]) -> list[str]:
+    """The id of each document: the given one, after its split's name where there are splits, or 32 hex digits of its
+    content and split. Those of equal documents are told apart later (``Index.close``)."""
     return [
-        (f"{split}/{key}" if split else key) if key else document_id(text, source, split)
-        for key, text, source, split in zip(keys, texts, sources, splits, strict=True)
+        (f"{split}/{key}" if split else key)
+        if key
+        else hashlib.blake2b(f"{split}\0{content}".encode(), digest_size=16).hexdigest()
+        for key, content, split in zip(keys, contents, splits, strict=True)
     ]
 
 
@@ -62,7 +59,8 @@ def content_key(*parts: str) -> int:
 def measure(batch: "pa.Table", measures: Measures) -> "pa.Table":
     """Replace the rows of a source by documents with their findings, and empty and over-long texts get a reason.
 
-    ``id``, ``title``, ``text``, ``source``, ``split``, ``conversation`` and ``reason`` come first. Of what only the
+    ``id``, ``unnamed`` (the id is made of the content), ``title``, ``text``, ``source``, ``split``, ``conversation``
+    and ``reason`` come first. Of what only the
     audit itself needs, bytes: ``normal_hash``, ``bands`` (uint64), ``content`` (uint64), ``vocabulary`` and ``grams``
     (uint64, of an evaluation split all, else those of the evaluation splits), ``prompt_hash`` and ``answer_hash``.
     """
@@ -71,17 +69,26 @@ def measure(batch: "pa.Table", measures: Measures) -> "pa.Table":
     texts = batch["text"].to_pylist()
     sources = batch["source"].to_pylist()
     titles = batch["title"].to_pylist()
-    keys = batch["key"].to_pylist()
+    keys, splits = batch["key"].to_pylist(), batch["split"].to_pylist()
+    said_and_texts = list(zip(batch["conversation"].to_pylist(), texts, strict=True))
     words = [words_of(text) for text in texts]
     reasons = [
-        reason or ("empty" if not own else "too long" if len(text) > measures.max_characters else "")
+        reason
+        or (
+            ("no words" if text.strip() else "empty")
+            if not own
+            else "too long"
+            if len(text) > measures.max_characters
+            else ""
+        )
         for text, own, reason in zip(texts, words, batch["reason"].to_pylist(), strict=True)
     ]
     good = ["" if reason else text for text, reason in zip(texts, reasons, strict=True)]
     good_words = [[] if reason else own for own, reason in zip(words, reasons, strict=True)]
     table = Words.of(good_words)
     columns: dict[str, Any] = {
-        "id": ids_of(keys, texts, sources, batch["split"].to_pylist()),
+        "id": ids_of(keys, [f"{said}\0{text}" if said else text for said, text in said_and_texts], splits),
+        "unnamed": [not key for key in keys],
         "title": batch["title"],
         "text": batch["text"],
         "source": batch["source"],

@@ -62,12 +62,16 @@ class Reading(Config):
 
 @dataclass(frozen=True)
 class Opened:
-    """The items to read, whether every node of a cluster sees them, and what is recorded of them as an input."""
+    """The items to read, whether every node of a cluster sees them, and what is recorded of them as an input.
+
+    ``left_out`` has the names of files that are of no kind that is read.
+    """
 
     items: "Sequence[Item]"
     shared: bool
     name: str
     facts: dict[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
 
 def open_reading(reading: Reading) -> Opened:
@@ -84,13 +88,13 @@ def open_reading(reading: Reading) -> Opened:
         rows = hub_rows(source.removeprefix(PREFIX), reading.subset, reading.split, columns)
         return Opened(rows, False, source, {"subset": reading.subset, "split": reading.split})
     if scheme in FILE_URLS:
-        files = text_files(source, columns)
+        files, left_out = text_files(source, columns)
         facts = {
             "source": redact(source),
             "files": len({file.path for file in files}),
             "bytes": sum(file.size for file in files),
         }
-        return Opened(files, scheme != "file", "documents", facts)
+        return Opened(files, scheme != "file", "documents", facts, left_out)
     if scheme:
         from data_pipelines.databases import query_rows
 
@@ -101,7 +105,8 @@ def open_reading(reading: Reading) -> Opened:
         near = difflib.get_close_matches(source, [INSTALLED], 1)
         hint = f"did you mean '{near[0]}'?" if near else f"give a path, or '{INSTALLED}'"
         raise UserError(f"source: no such file or folder: {path}; {hint}")
-    return Opened(text_files(path, columns), path.is_relative_to(runs_root()), "documents", {"path": path})
+    files, left_out = text_files(path, columns)
+    return Opened(files, path.is_relative_to(runs_root()), "documents", {"path": path}, left_out)
 
 
 def _installed(reading: Reading) -> Opened:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data_pipelines.collection import ID_BYTES
 from workbench.data_version import Version
@@ -74,6 +74,10 @@ def open_documents(path: Path, needed: Sequence[str]) -> "ds.Dataset":
     names = set(dataset.schema.names)
     if lacking := sorted(set(needed) - names):
         raise UserError(f"documents: {path} has no column '{lacking[0]}'; it has {', '.join(sorted(names))}")
+    kind = dataset.schema.field("text").type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.null()):
+        raise UserError(f"documents: the column 'text' of {path} holds {kind}, not text")
     return dataset
 
 
@@ -91,9 +95,13 @@ def select(
 
     Raises UserError if nothing is left, or for an id that is given twice or is too long for Milvus.
     """
+    import pyarrow as pa
+
     names = set(dataset.schema.names)
     columns = ["id", "text", *(name for name in ("title", "source") if name in names), *metadata]
-    read = [*columns, *sorted({"source", "keep", "words"} & names - set(columns))]
+    counted = pa.types.is_integer(dataset.schema.field("words").type) if "words" in names else False
+    wanted = {"source", "keep", *(["words"] if counted else [])}
+    read = [*columns, *sorted(wanted & names - set(columns))]
     patterns = re.compile("|".join(fnmatch.translate(pattern) for pattern in sources))
     chosen: dict[str, int] = {}
     sample: list[str] = []
@@ -102,8 +110,8 @@ def select(
     for batch in dataset.to_batches(columns=read):
         version.add(batch["id"].to_pylist(), batch["text"].to_pylist())
         for row, content in zip(batch.to_pylist(), contents(batch.select(columns), metadata, recipe), strict=True):
-            words = row["words"] if "words" in row else len((row["text"] or "").split())
-            if not row.get("keep", True) or words < min_words or not patterns.match(row.get("source") or ""):
+            words = row["words"] if counted else len((row["text"] or "").split())
+            if not row.get("keep", True) or words < min_words or not patterns.match(str(row.get("source") or "")):
                 continue
             document = _checked(str(row["id"]))
             if chosen.setdefault(document, content) != content:
@@ -133,9 +141,18 @@ def normal_rows(batch: "pa.RecordBatch | pa.Table", metadata: Sequence[str]) -> 
         else [""] * size
         for name in ("id", "title", "source", "text")
     }
-    extra = [dict(zip(metadata, values, strict=True)) for values in zip(*(batch[n].to_pylist() for n in metadata))]  # noqa: B905
+    extra = [dict(zip(metadata, values, strict=True)) for values in zip(*(_values(batch[n]) for n in metadata))]  # noqa: B905
     plain["metadata"] = [json.dumps(values, default=str, ensure_ascii=False) for values in extra] or ["{}"] * size
     return plain
+
+
+def _values(column: "pa.Array | pa.ChunkedArray") -> list[Any]:
+    """The values of a column; as text where Python has no type for one, such as a time in the year 30000."""
+    try:
+        values: list[Any] = column.to_pylist()
+    except (OverflowError, ValueError):
+        values = column.cast("string").to_pylist()
+    return values
 
 
 def contents(batch: "pa.RecordBatch | pa.Table", metadata: Sequence[str], recipe: str) -> list[int]:

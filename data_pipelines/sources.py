@@ -34,6 +34,11 @@ class Row(NamedTuple):
     conversation: str = ""
 
 
+def is_sound(text: str) -> bool:
+    """Whether no byte of ``text`` was undecodable and kept by ``surrogateescape``."""
+    return text.isascii() or not any("\udc80" <= character <= "\udcff" for character in text)
+
+
 COLUMNS = (*Row._fields, "split")
 
 

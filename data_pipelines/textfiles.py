@@ -4,18 +4,20 @@ Files are reached through ``pyarrow.fs``: a path on this machine or on NFS, or `
 read becomes a row with a reason, never an exception.
 """
 
+import contextlib
 import csv
 import io
+import itertools
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from data_pipelines.columns import Columns
 from data_pipelines.parsers import Unreadable, html_text, pdf_text
-from data_pipelines.sources import Row
+from data_pipelines.sources import Row, is_sound
 from workbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ PART_BYTES = 16_000_000
 """A larger table is read in parts of about this size, so that one file keeps several workers busy."""
 LONGEST_LINE = 64_000_000
 """Bytes of a line of JSON; the rest of a longer one is skipped."""
+CHECKED_LINES = 100
+"""How many lines of JSON tell which columns a file has; one alone may be a bad row."""
 CHECKED_FILES = 20
 """How many tables are looked into for their columns before the run begins; a bad one behind them is quarantined."""
 
@@ -87,13 +91,13 @@ class TextFile:
                         for record in records:
                             line += 1
                             yield self.columns.row(record, f"{self.name}:{line}")
-                except UnicodeDecodeError:
+                except (UnicodeDecodeError, OverflowError):  # broken text, and times that Python has no type for
                     rows = file.metadata.row_group(group).num_rows
                     yield from self._cell_by_cell(file, group, columns, first, line)
                     line = first + rows
 
     def _cell_by_cell(self, file: Any, group: int, columns: list[str], first: int, done: int) -> Iterator[Row]:
-        """The rows of a row group that has broken text in it, from ``done`` on; only the broken rows are lost."""
+        """The rows of a row group that has broken cells in it, from ``done`` on; only the broken rows are lost."""
         line = first
         for batch in file.iter_batches(batch_size=1, row_groups=[group], columns=columns):
             line += 1
@@ -103,6 +107,8 @@ class TextFile:
                 yield self.columns.row(batch.to_pylist()[0], f"{self.name}:{line}")
             except UnicodeDecodeError:
                 yield self._bad("undecodable row", line)
+            except OverflowError:
+                yield self._bad("a number or time out of range", line)
 
     def _json_lines(self) -> Iterator[Row]:
         with self._stream() as stream:
@@ -145,23 +151,16 @@ class TextFile:
             yield self._record(record, line)
 
     def _csv(self) -> Iterator[Row]:
-        csv.field_size_limit(sys.maxsize)
+        csv.field_size_limit(LONGEST_LINE)
         with io.TextIOWrapper(self._stream(), encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-            reader = csv.DictReader(lines, delimiter="\t" if kind_of(self.name) == ".tsv" else ",", strict=True)
-            while True:
-                try:
-                    record = next(reader, None)
-                except csv.Error:
-                    yield self._bad("not a row of CSV", reader.line_num)
-                    continue
+            for line, record in csv_records(lines, "\t" if kind_of(self.name) == ".tsv" else ","):
                 if record is None:
-                    return
-                line = reader.line_num
-                if None in record:
+                    yield self._bad("not a row of CSV", line)
+                elif None in record:
                     yield self._bad("more fields than columns", line)
                 elif any(value is None for value in record.values()):
                     yield self._bad("fewer fields than columns", line)
-                elif any("\udc80" <= c <= "\udcff" for v in record.values() if not v.isascii() for c in v):
+                elif not all(map(is_sound, record.values())):
                     yield self._bad("undecodable row", line)
                 else:
                     yield self.columns.row(record, f"{self.name}:{line}")
@@ -199,6 +198,52 @@ READERS: dict[str, Callable[[TextFile], Iterator[Row]]] = {
 }
 
 
+def csv_records(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, dict[Any, Any] | None]]:
+    """(number of its last line, the record) of each row of CSV; None for what is no row.
+
+    A quote that is never closed would take all that follows into its field: only its own line is given up.
+    """
+    again = _Lines(lines)
+    header = next(csv.reader(again, delimiter=delimiter), [])
+    reader = csv.DictReader(again, header, delimiter=delimiter, strict=True)
+    while True:
+        again.begin()
+        try:
+            record = next(reader, None)
+        except csv.Error:
+            again.put_back_all_but_the_first()
+            reader = csv.DictReader(again, header, delimiter=delimiter, strict=True)
+            yield again.number, None
+            continue
+        if record is None:
+            return
+        yield again.number, record
+
+
+class _Lines:
+    """Lines of a file that can be read again from the last ``begin`` on; ``number`` counts those read."""
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self._lines, self._waiting, self._read = iter(lines), deque[str](), list[str]()
+        self.number = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._waiting.popleft() if self._waiting else next(self._lines)
+        self._read.append(line)
+        self.number += 1
+        return line
+
+    def begin(self) -> None:
+        self._read = []
+
+    def put_back_all_but_the_first(self) -> None:
+        self._waiting.extendleft(reversed(self._read[1:]))
+        self.number -= len(self._read[1:])
+
+
 def kind_of(name: str) -> str:
     """The ending that says how a file is read: ``.jsonl`` of ``a.JSONL.gz``."""
     path = PurePosixPath(name.lower())
@@ -216,8 +261,9 @@ def bounded_lines(stream: io.BufferedReader) -> Iterator[bytes | None]:
         yield None
 
 
-def text_files(source: str | Path, columns: Columns) -> list[TextFile]:
-    """The files at ``source``, a path or a URL such as ``s3://bucket/folder``, that hold documents, ordered by name.
+def text_files(source: str | Path, columns: Columns) -> tuple[list[TextFile], tuple[str, ...]]:
+    """The files at ``source``, a path or a URL such as ``s3://bucket/folder``, that hold documents, ordered by name,
+    and the names of the others.
 
     Raises UserError if there are none, or if a table lacks one of the columns.
     """
@@ -231,18 +277,22 @@ def text_files(source: str | Path, columns: Columns) -> list[TextFile]:
     found = [info] if alone else filesystem.get_file_info(fs.FileSelector(path, recursive=True))
     root = str(PurePosixPath(path).parent) if alone else path
     kinds = {*TABLES, *TEXTS, *PARSED} | ({".json"} if alone or columns.form != "text" else set())
-    files = []
+    files, left_out = [], []
     for each in found:
         name = each.path[len(root) :].lstrip("/")
         hidden = any(part.startswith(".") for part in name.split("/"))
-        if each.type == fs.FileType.File and kind_of(name) in kinds and (alone or not hidden):
+        if each.type != fs.FileType.File or (hidden and not alone):
+            continue
+        if kind_of(name) in kinds:
             files.append(TextFile(filesystem, each.path, name, each.size or 0, columns))
+        else:
+            left_out.append(name)
     if not files:
         raise UserError(f"{source}: no documents here; expected files ending in {', '.join(sorted(kinds))}")
     files.sort(key=lambda file: file.name)
     for file in [file for file in files if kind_of(file.name) in (*TABLES, ".json")][:CHECKED_FILES]:
         _check_columns(file, alone=len(files) == 1)
-    return [part for file in files for part in parts_of(file)]
+    return [part for file in files for part in parts_of(file)], tuple(sorted(left_out))
 
 
 def parts_of(file: TextFile) -> list[TextFile]:
@@ -301,6 +351,16 @@ def _filesystem(source: str) -> "tuple[fs.FileSystem, str]":
     return filesystem, path
 
 
+def _keys(lines: Iterable[bytes | None]) -> list[str]:
+    """The keys of the objects in some lines of JSON, each once."""
+    found: dict[str, None] = {}
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            if isinstance(record := json.loads(line or b""), dict):
+                found |= dict.fromkeys(record)
+    return list(found)
+
+
 def _check_columns(file: TextFile, *, alone: bool) -> None:
     """Raise UserError if the table lacks a column; one that cannot be read is left to be counted, unless ``alone``."""
     import pyarrow as pa
@@ -320,8 +380,7 @@ def _check_columns(file: TextFile, *, alone: bool) -> None:
                 elif kind == ".json":
                     return  # the first object of an array is only known when all of it has been read
                 else:
-                    first = json.loads(lines.readline(LONGEST_LINE) or b"{}")
-                    present = list(first) if isinstance(first, dict) else []
+                    present = _keys(itertools.islice(bounded_lines(lines), CHECKED_LINES))
     except (OSError, EOFError, pa.ArrowException, ValueError, csv.Error) as error:
         if alone and kind == ".parquet":
             raise UserError(f"{file.path}: not a Parquet file: {error}") from None

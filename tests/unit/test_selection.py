@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipelines.selection import Wanted, document_of, row_id, select
+from data_pipelines.embed import EmbedConfig
+from data_pipelines.selection import Wanted, document_of, normal_rows, open_documents, row_id, select
 from workbench.errors import UserError
 
 IDS = ["a", "b#1", "c"]
@@ -82,3 +83,21 @@ def test_ids_that_cannot_be_kept_apart_or_stored(tmp_path: Path) -> None:
     assert len(select(dataset(tmp_path, id=["a", "a"], text=["1", "1"]), "").contents) == 1
     with pytest.raises(UserError, match="more than 512 bytes"):
         select(dataset(tmp_path, id=["a" * 513], text=["1"]), "")
+
+
+def test_columns_of_other_types(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the column 'text' of .* holds int64, not text"):
+        open_documents(Path(dataset(tmp_path, id=["a"], text=[1]).files[0]), ["id", "text"])
+    table = dataset(tmp_path, id=["a", "b"], text=["one two", "one"], words=["2", "1"], source=[1, 2])
+    assert list(select(table, "", min_words=2).contents) == ["a"]
+    far = pa.array([2**60], pa.int64()).view(pa.timestamp("us"))
+    batch = pa.table({"id": ["a"], "text": ["x"], "when": far})
+    assert "when" in normal_rows(batch, ["when"])["metadata"][0]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"), [(["title"], "'title' is stored in a column of its own"), (["a", "a"], "'a' is named twice")]
+)
+def test_metadata_names_further_columns(names: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        EmbedConfig(documents=tmp_path, metadata=names)

@@ -47,7 +47,7 @@ def pdf(words: str) -> bytes:
 
 
 def rows(path: Path, columns: Columns | None = None) -> list[Row]:
-    return [row for file in text_files(path, columns or Columns()) for row in file.rows()]
+    return [row for file in text_files(path, columns or Columns())[0] for row in file.rows()]
 
 
 def test_a_folder_of_everything(tmp_path: Path) -> None:
@@ -80,6 +80,9 @@ def test_a_folder_of_everything(tmp_path: Path) -> None:
     [
         ("a.csv", b"text,n\nright,1\nshort\nlong,1,2\nbr\xffken,1\nright,2\n",
          ["", "fewer fields than columns", "more fields than columns", "undecodable row", ""]),
+        ("a.csv", b'text,n\nright,1\n"open,1\nright,2\n"two\nlines",3\n"open,4\n',
+         ["", "not a row of CSV", "", "", "not a row of CSV"]),
+        ("a.jsonl", b'{"other": 1}\n[]\n{"text": "right"}', ["text is missing", "not a JSON object", ""]),
         ("a.jsonl", b'{"text": "right"}\n{"text": null}\n{"text": 5}\n[1]\n{"te\n{"text": "\xff"}\n{"text": "cut',
          ["", "text is missing", "text is no text but int", "not a JSON object", "not a JSON object",
           "undecodable line", "not a JSON object"]),
@@ -107,7 +110,7 @@ def test_a_large_table_is_read_in_parts(suffix: str, tmp_path: Path, monkeypatch
         (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     whole = rows(tmp_path)
     monkeypatch.setattr(textfiles, "PART_BYTES", 2000)
-    parts = text_files(tmp_path, Columns())
+    parts, _ = text_files(tmp_path, Columns())
     assert len(parts) > 5
     assert [row for part in parts for row in part.rows()] == whole
     assert [row.source for row in whole] == [f"a.{suffix}:{i}" for i in range(1, 1001)]
@@ -123,6 +126,20 @@ def test_broken_text_in_parquet_loses_its_row_alone(tmp_path: Path) -> None:
     texts = pa.array([b"one", b"two", b"br\xffken", b"four"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
     assert [row.text or row.reason for row in rows(tmp_path)] == ["one", "two", "undecodable row", "four"]
+
+
+def test_a_time_that_python_has_no_type_for_loses_its_row_alone(tmp_path: Path) -> None:
+    when = pa.array([0, 2**60, 1], pa.int64()).view(pa.timestamp("us"))
+    pq.write_table(pa.table({"text": ["one", "two", "three"], "when": when}), tmp_path / "a.parquet")
+    found = rows(tmp_path, Columns(source="when"))
+    assert [row.text or row.reason for row in found] == ["one", "a number or time out of range", "three"]
+
+
+def test_files_of_other_kinds_are_told(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.docx", "c.json", ".hidden"):
+        (tmp_path / name).write_text("[]")
+    files, left_out = text_files(tmp_path, Columns())
+    assert ([file.name for file in files], left_out) == (["a.txt"], ("b.docx", "c.json"))
 
 
 def test_a_line_too_long_is_skipped_and_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +255,15 @@ def test_a_database_by_table_and_by_query(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message) as raised:
             open_reading(reading)
         assert "hidden" not in str(raised.value)
+
+
+def test_broken_text_in_sqlite_loses_its_row_alone(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "a.db")) as database:
+        database.execute("CREATE TABLE pages (text TEXT)")
+        database.executemany("INSERT INTO pages VALUES (CAST(? AS TEXT))", [(b"one",), (b"br\xff",), (b"three",)])
+        database.commit()
+    found = read_all(Reading(source=f"sqlite:///{tmp_path / 'a.db'}", query="pages"))
+    assert [row.text or row.reason for row in found] == ["one", "undecodable row", "three"]
 
 
 def test_a_hugging_face_data_set_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
