@@ -1,13 +1,10 @@
 """Pretrain, fine-tune, sweep and evaluate, with tiny models on real Ray Train, FSDP2 and bitsandbytes."""
 
 import json
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -16,9 +13,10 @@ import workloads.evaluate
 import workloads.pretrain
 import workloads.sft
 from workbench.config import Config, load
-from workbench.errors import UserError
+from workbench.errors import Failure, UserError
 from workbench.runs import finish, open_run
 from workbench.tracking import read_metrics
+from workloads.training.checkpoint import complete
 
 pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(1200)]
 
@@ -69,7 +67,7 @@ def sft(base: Path, name: str, *overrides: str) -> tuple[Path, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def tuned(base: Path) -> tuple[Path, dict[str, Any]]:
     """QLoRA on two FSDP2 workers."""
-    return sft(base, "qlora")
+    return sft(base, "qlora", "sample_every=3", "sample_prompts=2", "sample_tokens=8")
 
 
 def losses(folder: Path) -> list[float]:
@@ -162,34 +160,51 @@ def test_the_saved_adapter_has_the_loss_that_was_reported(tuned: tuple[Path, Any
     assert loss == pytest.approx(tuned[1]["validation_loss"], abs=1e-5)
 
 
-def test_training_goes_on_from_the_last_checkpoint_when_a_worker_is_killed(
-    base: Path, root: Path, tuned: tuple[Path, Any]
-) -> None:
-    killed: list[int] = []
-    steps = ["steps=60", "checkpoint_every=5"]
-    undisturbed = alone(base, *steps)
+def test_samples_under_way_are_what_the_saved_adapter_answers(tuned: tuple[Path, Any]) -> None:
+    """With the base and adapter sharded over two workers; those of the last step."""
+    from peft import PeftModel
+    from transformers import AutoTokenizer
 
-    def kill_a_worker() -> None:
-        while not killed:
-            committed = [*root.glob("workloads-sft/*-disturbed/ray/train/checkpoint_manager_snapshot.json")]
-            workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(_line(p))]
-            if committed and workers:
-                workers[-1].kill()
-                killed.append(workers[-1].pid)
-            time.sleep(0.02)
+    from workloads.training.adapters import load_base
 
-    threading.Thread(target=kill_a_worker, daemon=True).start()
-    folder, summary = sft(base, "disturbed", *steps)
-    assert killed
-    assert summary["resumed_from"] >= 5
-    assert losses(folder) == pytest.approx(undisturbed, abs=1e-5)
+    artifacts = tuned[0] / "artifacts"
+    samples = [json.loads(line) for line in (artifacts / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in samples] == [3, 3, 6, 6]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = PeftModel.from_pretrained(
+        load_base(str(base), "float32", "nf4", torch.device("cpu")), artifacts / "adapter"
+    ).eval()
+    for row in samples[2:]:
+        asked = tokenizer(row["prompt"], add_special_tokens=False, return_tensors="pt").input_ids
+        said = model.generate(input_ids=asked, max_new_tokens=8, do_sample=False)[0, asked.shape[1] :]
+        assert row["answer"] == tokenizer.decode(said, skip_special_tokens=True).strip()
 
 
-def _line(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
+def test_what_is_watched_reaches_metrics_and_report(tuned: tuple[Path, Any]) -> None:
+    folder, summary = tuned
+    last = read_metrics(folder)[-1]
+    assert {"loss", "learning_rate", "gradient_norm", "tokens_per_second", "validation_loss"} < last.keys()
+    assert {"peak_memory_gib/rank_0", "peak_memory_gib/rank_1"} < last.keys()
+    assert [row["step"] for row in read_metrics(folder)] == list(range(1, 7))
+    assert summary["tokens_per_second"] > 0
+    titles = [section["title"] for section in json.loads((folder / "report.json").read_text())["sections"]]
+    assert {"While it ran", "Samples"} < set(titles)
+
+
+def test_every_checkpoint_holds_an_adapter_that_peft_loads(tuned: tuple[Path, Any], base: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    (kept,) = complete(tuned[0] / "checkpoints")
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), kept / "adapter")
+    assert kept.name == "step-00000003"  # the first look at the held-out loss is the best so far
+    assert any(weight.abs().sum() > 0 for name, weight in adapted.named_parameters() if "lora_B" in name)
+
+
+def test_training_that_diverges_is_stopped_once_and_names_what_it_read(base: Path) -> None:
+    with pytest.raises(Failure, match=r"stopped: the (loss|gradient's norm) is \w+ at step \d+; the batch") as error:
+        sft(base, "diverged", "learning_rate=1e30", "gradient_clip=1e30", "warmup_steps=0", "steps=20")
+    assert "there is no checkpoint" in str(error.value) or "the last good checkpoint is" in str(error.value)
 
 
 def test_workers_that_fit_nowhere_are_refused_at_once(base: Path) -> None:
