@@ -4,6 +4,7 @@ for start, end in chunk_spans(text, token_offsets, size=254, overlap=32):
     text[start:end]
 """
 
+import itertools
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
@@ -46,6 +47,17 @@ def chunk_spans(text: str, offsets: Sequence[tuple[int, int]], size: int, overla
         begin = _first(sentences, end - overlap, begin, end) or _first(words, end - overlap, begin, end) or end
     spans.append((begin, len(offsets)))
     return [(offsets[first][0], offsets[last - 1][1]) for first, last in spans]
+
+
+def storable(text: str, spans: Sequence[tuple[int, int]], most: int) -> list[tuple[int, int]]:
+    """``spans`` with those of more than ``most`` bytes of UTF-8 divided: few tokens can be many characters."""
+    step = most // 4  # bytes of a character at most
+    divided: list[tuple[int, int]] = []
+    for start, end in spans:
+        whole = end - start <= step or len(text[start:end].encode()) <= most
+        edges = [start, end] if whole else [*range(start, end, step), end]
+        divided += itertools.pairwise(edges)
+    return divided
 
 
 def _last(places: Sequence[int], above: int, most: int) -> int | None:

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from data_pipelines.chunks import chunk_spans
+from data_pipelines.chunks import chunk_spans, storable
+from data_pipelines.collection import TEXT_BYTES
 from data_pipelines.encoder import DType, Encoder
 from data_pipelines.selection import contents, normal_rows, row_id
 
@@ -91,9 +92,10 @@ class Embedder:
         cut = 0
         for place, tokens in zip(long, offsets, strict=True):
             if self._recipe.long_texts == "chunk":
-                found[place] = chunk_spans(texts[place], tokens, size, min(self._recipe.overlap, size - 1))
+                spans = chunk_spans(texts[place], tokens, size, min(self._recipe.overlap, size - 1))
+                found[place] = storable(texts[place], spans, TEXT_BYTES)
             else:
-                cut += len(tokens) > size
+                cut += len(tokens) > size or len(texts[place].encode()) > TEXT_BYTES
         if cut:
             self._progress.add.remote(cut=cut)
         return found

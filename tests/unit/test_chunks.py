@@ -5,7 +5,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipelines.chunks import chunk_spans, sentence_starts
+from data_pipelines.chunks import chunk_spans, sentence_starts, storable
 
 
 def tokens(text: str) -> list[tuple[int, int]]:
@@ -53,3 +53,11 @@ def test_every_token_is_in_a_chunk_and_no_chunk_is_too_long(text: str, size: int
     covered = {span for span in tokens(text) for start, end in spans if start <= span[0] and span[1] <= end}
     assert covered == set(tokens(text))
     assert spans == sorted(set(spans))
+
+
+def test_a_chunk_is_never_longer_than_a_field() -> None:
+    text = "ä" * 100 + " END"
+    spans = storable(text, [(0, 3), (0, len(text))], 64)
+    assert spans[0] == (0, 3)
+    assert "".join(text[start:end] for start, end in spans[1:]) == text
+    assert max(len(text[start:end].encode()) for start, end in spans) <= 64
