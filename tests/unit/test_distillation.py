@@ -17,6 +17,7 @@ from workloads.training.batches import IGNORE, Batches, Row, collate
 from workloads.training.config import DistillConfig, TrainingConfig
 from workloads.training.distillation import Distillation, check_teacher, divergence
 from workloads.training.loop import held_out_means, train
+from workloads.training.tensor_bytes import TensorBytes
 from workloads.training.transformer import Transformer
 
 CPU = torch.device("cpu")
@@ -76,6 +77,21 @@ def test_chunks_change_neither_loss_nor_gradient(chunk: int, top_k: int, vocabul
         found.append((sums, [parameter.grad for parameter in student.parameters()]))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-4, atol=1e-5)
+
+
+def test_neither_models_logits_exist_for_more_than_a_chunk() -> None:
+    vocabulary = 4096
+    student, teacher = make_student(vocabulary), make_teacher(vocabulary)
+    rows = [Row(ids, ids) for ids in torch.randint(0, 40, (4, 65), generator=torch.Generator().manual_seed(0)).tolist()]
+    peaks = []
+    for chunk in (0, 16):
+        with TensorBytes() as counted:
+            objective(chunk, teacher=teacher)(student, rows, CPU).objective.backward()
+        student.zero_grad()
+        peaks.append(counted.peak)
+    logits = 4 * 64 * vocabulary * 4  # bytes of one model's
+    assert peaks[0] > 4 * logits
+    assert peaks[1] < 1.5 * logits
 
 
 def test_any_model_may_teach() -> None:
