@@ -58,8 +58,10 @@ def test_a_loss_far_over_the_usual_for_some_steps_is_a_divergence() -> None:
     assert error.value.since == 11
 
 
-@pytest.mark.parametrize("losses", [[2.0] * 10 + [7, 8, 5, 9, 9, 2], [10.0, 1, 1, 1, 1, 1], [2.0] * 10 + [5] * 20])
-def test_spikes_a_fall_and_a_bad_stretch_are_none(losses: list[float]) -> None:
+@pytest.mark.parametrize(
+    "losses", [[2.0] * 10 + [7, 8, 5, 9, 9, 2], [10.0, 1, 1, 1, 1, 1], [2.0] * 10 + [5] * 20, [0.01] * 10 + [0.2] * 9]
+)
+def test_spikes_a_fall_a_bad_stretch_and_noise_are_none(losses: list[float]) -> None:
     feed(losses)
 
 

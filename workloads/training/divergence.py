@@ -18,6 +18,9 @@ from workloads.training.history import History
 
 SHOWN_SOURCES = 20
 
+QUIET = 0.1
+"""Nats: a loss that is usually lower is compared with this, for its noise is many times itself."""
+
 
 class Diverged(Failure):
     """Training that went wrong at step ``since``: what was seen, and the documents in that step's batch.
@@ -81,7 +84,7 @@ class LossWatch:
         before, last = self._history.recent[: -self._rule.steps], self._history.recent[-self._rule.steps :]
         if len(before) < self._rule.steps:
             return
-        usual = statistics.median(before)
+        usual = max(statistics.median(before), QUIET)
         if min(last) > self._rule.factor * usual:
             since = step - self._rule.steps + 1
             raise Diverged(
