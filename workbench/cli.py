@@ -56,6 +56,7 @@ GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
             "pretrain": Command("workloads.pretrain", "Train a small decoder-only model from scratch."),
             "scaling": Command("workloads.scaling", "Train a ladder of sizes and fit the law by which loss falls."),
             "sft": Command("workloads.sft", "Fine-tune on instructions: full, LoRA or QLoRA, sharded by FSDP2."),
+            "dpo": Command("workloads.dpo", "Tune on preference pairs; the base, its adapter off, is the reference."),
             "eval": Command("workloads.evaluate", "Compare a base model and its adapter on held-out instructions."),
         },
     ),

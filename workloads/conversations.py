@@ -41,6 +41,12 @@ class Conversation:
         return json.dumps({"id": self.source, "messages": self.turns}) + "\n"
 
 
+def source_of(record: Mapping[str, Any], file: Path, number: int) -> str:
+    """The row's own id, or FILE:ROW."""
+    key = record.get("id")
+    return str(key) if isinstance(key, str | int) and key != "" else f"{file.name}:{number}"
+
+
 def data_files(paths: Sequence[Path]) -> list[Path]:
     """``paths`` with folders replaced by the files in them, by name. Raises UserError for a folder without any."""
     files: list[Path] = []
@@ -61,13 +67,10 @@ def conversations(paths: Sequence[Path]) -> Iterator[Conversation]:
             place = f"{file}:{number}"
             form = form or _form(record, place)
             try:
-                messages = _messages(record, form)
+                messages = messages_of(record, form)
             except SchemaError as error:
                 raise UserError(f"{place}: {error}") from None
-            key = record.get("id")
-            yield Conversation(
-                messages, str(key) if isinstance(key, str | int) and key != "" else f"{file.name}:{number}"
-            )
+            yield Conversation(messages, source_of(record, file, number))
         if form is None:
             raise UserError(f"data: no rows in {file}")
 
@@ -81,22 +84,28 @@ def write_conversations(rows: Iterable[Conversation], file: Path) -> None:
 
 def read_conversations(file: Path, start: int = 0, end: int | None = None) -> Iterator[Conversation]:
     """What ``write_conversations`` wrote, or the lines of it that begin in the bytes ``[start, end)``."""
+    for row in json_lines(file, start, end):
+        yield Conversation([Message(**turn) for turn in row["messages"]], row["id"])
+
+
+def json_lines(file: Path, start: int = 0, end: int | None = None) -> Iterator[dict[str, Any]]:
+    """The objects on the lines of ``file`` that begin in the bytes ``[start, end)``."""
     with file.open("rb") as stream:
         stream.seek(start)
         while (end is None or stream.tell() < end) and (line := stream.readline()):
-            row = json.loads(line)
-            yield Conversation([Message(**turn) for turn in row["messages"]], row["id"])
+            yield json.loads(line)
 
 
-def records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def records(file: Path, what: str = FORMS) -> Iterator[tuple[int, dict[str, Any]]]:
     """The number (from 1) and the columns of each row of ``file``: a line that is not blank, an item, or a record.
 
-    Of an audit's documents those that are to be removed are left out. Raises UserError for what cannot be read.
+    Of an audit's documents those that are to be removed are left out. Raises UserError for what cannot be read, and
+    for a row that is no object with ``what``.
     """
     read = _hub if str(file).startswith(HUB) else {".parquet": _parquet, ".json": _array}.get(file.suffix, _lines)
     for number, record in read(file):
         if not isinstance(record, dict):
-            raise UserError(f"{file}:{number}: a row is an object with {FORMS}")
+            raise UserError(f"{file}:{number}: a row is an object with {what}")
         if record.get("keep", True):
             yield number, record
 
@@ -138,6 +147,7 @@ def _parquet(file: Path) -> Iterator[tuple[int, Any]]:
         names = parquet.schema_arrow.names
         wanted = [name for name in ("id", "keep", "conversation", "messages", "conversations") if name in names]
         wanted += [name for name in ("instruction", "input", "output", "task") if name in names]
+        wanted += [name for name in ("prompt", "chosen", "rejected") if name in names]
         for batch in parquet.iter_batches(batch_size=1024, columns=wanted):
             for record in batch.to_pylist():
                 number += 1
@@ -173,7 +183,8 @@ def _form(record: Mapping[str, Any], place: str) -> Form:
     return form
 
 
-def _messages(record: Mapping[str, Any], form: Form) -> list[Message]:
+def messages_of(record: Mapping[str, Any], form: Form) -> list[Message]:
+    """The messages of a row, which are words alone. Raises SchemaError where it is not of ``form``."""
     if form == "text":
         if not record.get("conversation"):
             raise SchemaError("a document without a conversation: audit the set with form=alpaca, sharegpt or chat")

@@ -32,6 +32,8 @@ class Recipe:
     chat_template: str = ""
     max_length: int = 512
     train_on: TrainOn = "answers"
+    pairs: bool = False
+    """Rows are the chosen and the rejected answers of preferences in turn (``preferences.py``)."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,13 @@ class Counts:
     """What became of some conversations; all in tokens but the rows.
 
     ``rows_dropped`` have no answer to learn, ``rows_cut`` lost ``tokens_lost``, of these ``answers_cut`` the end of
-    their answer. ``longest`` is before any cut, ``shortest_answer`` of the last ones, 0 where there is none.
+    their answer. ``longest`` is before any cut, ``shortest_answer`` of the last ones, 0 where there is none. Of
+    preferences a row is a pair, and those ``alike`` have the same answer twice.
     """
 
     rows: int = 0
     rows_dropped: int = 0
+    alike: int = 0
     rows_cut: int = 0
     answers_cut: int = 0
     tokens: int = 0

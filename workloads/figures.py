@@ -10,14 +10,36 @@ if TYPE_CHECKING:
 Curve = list[tuple[int, float]]
 
 
-def loss_curves(train: Curve, validation: Curve) -> "go.Figure":
+def loss_curves(train: Curve, validation: Curve, unit: str = "nats per token") -> "go.Figure":
     """Training and held-out loss over steps."""
     import plotly.graph_objects as go
 
-    figure = go.Figure(layout={"xaxis_title": "step", "yaxis_title": "loss, nats per token", "height": 380})
+    figure = go.Figure(layout={"xaxis_title": "step", "yaxis_title": f"loss, {unit}", "height": 380})
     for name, curve, mode in (("training", train, "lines"), ("held out", validation, "lines+markers")):
         if curve:
             figure.add_scatter(x=[s for s, _ in curve], y=[loss for _, loss in curve], name=name, mode=mode)
+    return figure
+
+
+def preference_curves(rows: list[dict[str, Any]]) -> "go.Figure":
+    """Rewards, margin, accuracy and log-probabilities over steps, of training (lines) and held-out pairs (dashed)."""
+    from plotly.subplots import make_subplots
+
+    panels = ("reward", "margin", "accuracy", "log_probability")
+    figure = make_subplots(rows=2, cols=2, subplot_titles=[panel.replace("_", "-") for panel in panels])
+    colours = {"": "#2f5fd0", "chosen": "#2f5fd0", "rejected": "#e0a030"}
+    keys = sorted({key for row in rows for key in row if key.removeprefix("validation_").partition("/")[0] in panels})
+    for key in keys:
+        panel, _, side = key.removeprefix("validation_").partition("/")
+        held_out, place = key.startswith("validation_"), panels.index(panel)
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        figure.add_scatter(
+            x=[step for step, _ in points], y=[value for _, value in points], line={"color": colours[side]},
+            line_dash="dash" if held_out else "solid", mode="lines+markers" if held_out else "lines",
+            name=f"{side or panel}, held out" if held_out else side or panel, showlegend=panel != "log_probability",
+            row=place // 2 + 1, col=place % 2 + 1,
+        )  # fmt: skip
+    figure.update_layout(height=560)
     return figure
 
 

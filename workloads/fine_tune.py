@@ -1,4 +1,4 @@
-"""One fine-tuning: what a Ray Train worker of ``train sft`` and a trial of ``tune run`` both do."""
+"""One fine-tuning: what a Ray Train worker of ``train sft`` and ``dpo`` and a trial of ``tune run`` all do."""
 
 import json
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from workloads.chat_templates import load_tokenizer
+from workloads.dpo import DpoConfig
 from workloads.prepared import training_rows
 from workloads.sft import SftConfig
 from workloads.tokenized import TokenRows
@@ -21,7 +22,10 @@ from workloads.training.distillation import distillation
 from workloads.training.fsdp import full_state, shard, sharded_bytes
 from workloads.training.history import History
 from workloads.training.loop import Events, train
+from workloads.training.objective import Objective
 from workloads.training.packing import check_packing
+from workloads.training.pairs import Pairs
+from workloads.training.preference_loss import PreferenceLoss
 from workloads.training.ray_train import WorkerEvents
 from workloads.training.resume import SAMPLES
 from workloads.training.samples import Sampler
@@ -37,11 +41,11 @@ class FineTuned:
     resumed_from: int
 
 
-def sft_worker(payload: dict[str, Any]) -> dict[str, Any]:
+def tuning_worker(payload: dict[str, Any]) -> dict[str, Any]:
     """The training function of a Ray Train worker; returns rank 0's results and every rank's bytes."""
     import ray.train
 
-    config: SftConfig = payload["config"]
+    config: SftConfig | DpoConfig = payload["config"]
     rank = ray.train.get_context().get_world_rank()
     rows, validation = (TokenRows(Path(payload[part])) for part in ("train", "validation"))
     export = export_adapter if config.method == "lora" else None
@@ -62,7 +66,7 @@ def sft_worker(payload: dict[str, Any]) -> dict[str, Any]:
 
 
 def fine_tune(
-    config: SftConfig,
+    config: SftConfig | DpoConfig,
     rows: Sequence[Row],
     validation: Sequence[Row],
     *,
@@ -75,6 +79,7 @@ def fine_tune(
     """Fine-tune ``config.base`` on ``rows`` and write the adapter (or, with method full, the model) to ``result``,
     with the tokenizer and its chat template. Runs on every rank of the process group, or alone where there is none.
 
+    For a DpoConfig the rows, also those of ``validation``, are chosen and rejected answers in turn.
     ``questions`` are (prompt, right answer) that the model is asked meanwhile.
     """
     tokenizer = load_tokenizer(config.base, config.chat_template)
@@ -86,14 +91,12 @@ def fine_tune(
     torch.manual_seed(config.seed)  # the same new adapter on every rank
     if config.method == "lora":
         model = add_adapter(model, config.adapter)
-    if config.packing:
+    if isinstance(config, SftConfig) and config.packing:
         check_packing(model, min(2, config.micro_batch_size or config.batch_size // config.workers))
     prepare_layers(model, config)
     if torch.distributed.is_initialized() and config.strategy == "fsdp2":
         shard(model, getattr(torch, config.compute_dtype))
-    objective = distillation(config.distill, config, device)
-    if config.packing and objective is not None:
-        check_packing(objective.teacher, 1)
+    objective = _objective(config, device)
     optimizer = torch.optim.AdamW(
         trainable_parameters(model), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
     )
@@ -110,7 +113,7 @@ def fine_tune(
         model,
         Batches(training_rows(rows, config), config.batch_size, config.seed),
         config,
-        validation=validation,
+        validation=Pairs(validation) if isinstance(config, DpoConfig) else validation,
         events=events,
         optimizer=optimizer,
         objective=objective,
@@ -125,6 +128,16 @@ def fine_tune(
         tokenizer.save_pretrained(str(result))
         (result / "history.json").write_text(json.dumps({"train": history.train, "validation": history.validation}))
     return FineTuned(history, storage, sum(p.numel() for p in optimizer.param_groups[0]["params"]), start)
+
+
+def _objective(config: SftConfig | DpoConfig, device: torch.device) -> Objective | None:
+    """What is minimised; None for the loss on the next token."""
+    if isinstance(config, DpoConfig):
+        return PreferenceLoss(config.beta, config.loss, config.label_smoothing, config.sft_weight, config.loss_chunk)
+    distilled = distillation(config.distill, config, device)
+    if config.packing and distilled is not None:
+        check_packing(distilled.teacher, 1)
+    return distilled
 
 
 def export_adapter(model: Any) -> Export:

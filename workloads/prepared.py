@@ -6,7 +6,7 @@ made from the first two, which later runs, trials and resumed workers find again
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +16,15 @@ from workbench.errors import UserError
 from workbench.runs import Run
 from workloads.chat_templates import load_tokenizer, render
 from workloads.conversations import Conversation, conversations, read_conversations, write_conversations
+from workloads.dpo import DpoConfig
 from workloads.encoding import Counts, Recipe, encode
 from workloads.instructions import as_conversation, load_instructions, write_jsonl
+from workloads.preferences import Preference, encode_preferences, preferences, read_preferences
 from workloads.sources import CHEMISTRY
 from workloads.tokenized import TokenRows, cache_folder, tokenize
 from workloads.training.batches import Batches, Row, lengths_of
 from workloads.training.packing import PackedRows
+from workloads.training.pairs import Pairs
 
 if TYPE_CHECKING:
     from workloads.sft import SftConfig
@@ -54,32 +57,44 @@ class Prepared:
         return figures if self.packed is None else {**figures, "packing_efficiency": self.packed}
 
 
-def recipe_of(config: "SftConfig") -> Recipe:
+def recipe_of(config: "SftConfig | DpoConfig") -> Recipe:
     """How the rows of ``config`` are made."""
+    if isinstance(config, DpoConfig):
+        return Recipe(config.base, config.chat_template, config.max_length, "last_answer", pairs=True)
     return Recipe(config.base, config.chat_template, config.max_length, config.train_on)
 
 
-def training_rows(rows: Sequence[Row], config: "SftConfig") -> Sequence[Row]:
-    """``rows``, or the sequences that they are packed into."""
+def training_rows(rows: Sequence[Row], config: "SftConfig | DpoConfig") -> Sequence[Row]:
+    """``rows``, the sequences that they are packed into, or the pairs that they make."""
+    if isinstance(config, DpoConfig):
+        return Pairs(rows)
     return PackedRows(rows, config.max_length, config.seed) if config.packing else rows
 
 
-def look(config: "SftConfig") -> None:
+def look(config: "SftConfig | DpoConfig") -> None:
     """Raise UserError where the tokenizer, the template or the first rows of the data cannot be used."""
     tokenizer = load_tokenizer(config.base, config.chat_template)
     if config.data == CHEMISTRY:
         return
-    rows = [row for row, _ in zip(conversations([Path(file) for file in config.data]), range(LOOKED_AT), strict=False)]
-    encode(rows, tokenizer, recipe_of(config))
+    files = [Path(file) for file in config.data]
+    if isinstance(config, DpoConfig):
+        pairs = [row for row, _ in zip(preferences(files), range(LOOKED_AT), strict=False)]
+        encode_preferences(pairs, tokenizer, recipe_of(config))
+    else:
+        rows = [row for row, _ in zip(conversations(files), range(LOOKED_AT), strict=False)]
+        encode(rows, tokenizer, recipe_of(config))
 
 
-def prepare(config: "SftConfig", run: Run) -> Prepared:
+def prepare(config: "SftConfig | DpoConfig", run: Run) -> Prepared:
     """Deal the rows and tokenize them, by Ray Data where they are many, and say what was cut.
 
     Raises UserError for rows that cannot be used, that leave nothing to learn, that fill no batch, or whose tokens the
     model does not have.
     """
-    facts = _deal_chemistry(config, run) if config.data == CHEMISTRY else _deal_files(config, run)
+    if isinstance(config, DpoConfig) or config.data != CHEMISTRY:
+        facts = _deal_files(config, run)
+    else:
+        facts = _deal_chemistry(config, run)
     if Path(config.base).is_dir():
         run.input("base", path=Path(config.base))
     else:
@@ -97,7 +112,8 @@ def prepare(config: "SftConfig", run: Run) -> Prepared:
     Batches(sequences, config.batch_size, config.seed)  # refuses too few
     packed = sequences.efficiency if isinstance(sequences, PackedRows) else None
     made = Prepared(folders[0], folders[1], _questions(config, run), facts, train.counts, packed)
-    run.say(f"{len(train):,} rows to train on, {len(validation):,} to watch, {facts['held out']:,} held out")
+    trained, watched = train.counts.rows, validation.counts.rows
+    run.say(f"{trained:,} rows to train on, {watched:,} to watch, {facts['held out']:,} held out")
     run.say(_told(config, made, len(sequences), sum(lengths_of(sequences))))
     return made
 
@@ -113,17 +129,21 @@ def _deal_chemistry(config: "SftConfig", run: Run) -> dict[str, Any]:
     return {**data.facts, "held out": len(data.test)}
 
 
-def _deal_files(config: "SftConfig", run: Run) -> dict[str, Any]:
+def _deal_files(config: "SftConfig | DpoConfig", run: Run) -> dict[str, Any]:
     """Deal 90 : 5 : 5 by ``split_seed``, and of the training rows as many as the steps will see. Two passes over the
     files: nothing is written before every row was found good, and no more than a part's number is held for a row."""
     files = [Path(file) for file in config.data]
-    count = sum(1 for _ in conversations(files))
+
+    def rows() -> Iterator[Conversation | Preference]:
+        yield from preferences(files) if isinstance(config, DpoConfig) else conversations(files)
+
+    count = sum(1 for _ in rows())
     if count < len(PARTS):
         raise UserError(f"{', '.join(map(str, files))}: {count} rows are too few to hold any out: give at least three")
     part_of = deal(count, config.split_seed, config.seed, _limit(config), config.validation_rows)
     with ExitStack() as stack:
         streams = [stack.enter_context(run.artifact(f"{part}.jsonl").open("w", encoding="utf-8")) for part in PARTS]
-        for row, part in zip(conversations(files), part_of, strict=True):
+        for row, part in zip(rows(), part_of, strict=True):
             if part < len(PARTS):
                 streams[part].write(row.line)
     return {"rows": count, "held out": part_of.count(PARTS.index("test"))}
@@ -145,13 +165,19 @@ def deal(count: int, split_seed: int, seed: int, limit: int, held_out: int) -> b
     return part_of
 
 
-def _limit(config: "SftConfig") -> int:
+def _limit(config: "SftConfig | DpoConfig") -> int:
     """The most rows that the steps can see; packed, a sequence takes as many as fit."""
-    return 10**12 if config.packing else config.steps * config.batch_size
+    packed = not isinstance(config, DpoConfig) and config.packing
+    return 10**12 if packed else config.steps * config.batch_size
 
 
-def _check_learnable(config: "SftConfig", part: str, counts: Counts) -> None:
+def _check_learnable(config: "SftConfig | DpoConfig", part: str, counts: Counts) -> None:
     if not counts.rows:
+        if isinstance(config, DpoConfig):
+            raise UserError(
+                f"none of the {part} rows prefers an answer: in {counts.alike:,} chosen and rejected are alike, in "
+                f"{counts.rows_dropped:,} one of them is empty; does the chat template write the answers?"
+            )
         raise UserError(
             f"none of {counts.rows_dropped:,} {part} rows has an answer to learn: are the roles right, does the chat "
             f"template write the answers, and is train_on={config.train_on} what you want?"
@@ -178,13 +204,17 @@ def _check_vocabulary(base: str, largest: int) -> None:
         )
 
 
-def _questions(config: "SftConfig", run: Run) -> list[tuple[str, str]]:
+def _questions(config: "SftConfig | DpoConfig", run: Run) -> list[tuple[str, str]]:
     """Prompts of held-out rows with the answers that they should have, for samples."""
     if not config.sample_every:
         return []
     tokenizer = load_tokenizer(config.base, config.chat_template)
-    rows = zip(read_conversations(run.artifact("validation.jsonl")), range(config.sample_prompts), strict=False)
-    return [_question(row, tokenizer) for row, _ in rows]
+    file = run.artifact("validation.jsonl")
+    if isinstance(config, DpoConfig):
+        rows = (row.answered(row.chosen) for row in read_preferences(file))
+    else:
+        rows = read_conversations(file)
+    return [_question(row, tokenizer) for row, _ in zip(rows, range(config.sample_prompts), strict=False)]
 
 
 def _question(row: Conversation, tokenizer: Any) -> tuple[str, str]:
@@ -192,7 +222,7 @@ def _question(row: Conversation, tokenizer: Any) -> tuple[str, str]:
     return render(row.turns[:last], tokenizer, prompt=True), row.turns[last]["content"]
 
 
-def _told(config: "SftConfig", made: Prepared, sequences: int, tokens: int) -> str:
+def _told(config: "SftConfig | DpoConfig", made: Prepared, sequences: int, tokens: int) -> str:
     counts = made.counts
     said = [f"{counts.tokens:,} tokens, {counts.targets:,} of them learned"]
     if made.packed is not None:
@@ -202,6 +232,8 @@ def _told(config: "SftConfig", made: Prepared, sequences: int, tokens: int) -> s
             f"max_length={config.max_length} cut {counts.rows_cut:,} rows by {counts.tokens_lost:,} tokens "
             f"({counts.answers_cut:,} at the end of the answer; the longest row has {counts.longest:,})"
         )
+    if counts.alike:
+        said.append(f"{counts.alike:,} rows whose chosen and rejected answers are alike were left out")
     if counts.rows_dropped:
         said.append(f"{counts.rows_dropped:,} rows without an answer were left out")
     return "; ".join(said)
@@ -215,6 +247,8 @@ def rows_table(made: Prepared) -> list[dict[str, Any]]:
         "tokens_lost": "tokens cut off", "longest": "tokens of the longest row, before it was cut",
     }  # fmt: skip
     table: list[dict[str, Any]] = [{"what": text, "count": getattr(made.counts, name)} for name, text in words.items()]
+    if made.counts.alike:
+        table.append({"what": "rows left out: chosen and rejected are alike", "count": made.counts.alike})
     if made.packed is not None:
         table.append({"what": "share of the packed sequences that is tokens", "count": f"{made.packed:.1%}"})
     return table

@@ -36,6 +36,20 @@ def add_progress(run: Run) -> None:
         run.report.table("Checkpoints that could not be written", failures, "Training went on; those before were kept.")
 
 
+def storage_table(storage: list[dict[str, int]]) -> tuple[str, list[dict[str, Any]], str]:
+    """Title, rows and note of what each worker stores, from each rank's ``sharded_bytes``."""
+    rows = [
+        {
+            "rank": rank, "its share, bytes": held["local"], "of it 4-bit weights": held["local_packed"],
+            "of it their scales": held["local_scales"], "whole model, bytes": held["whole"],
+            "whole 4-bit weights": held["whole_packed"], "whole scales": held["whole_scales"],
+        }
+        for rank, held in enumerate(storage)
+    ]  # fmt: skip
+    note = "Parameters, measured after sharding: packed weights and both levels of their scales are shards, too."
+    return "What each worker stores", rows, note
+
+
 def usual_speed(folder: Path) -> float:
     """The median of the tokens per second in a run's metrics."""
     return statistics.median(row["tokens_per_second"] for row in read_metrics(folder) if "tokens_per_second" in row)

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from workbench.runs import Run, Summary
 from workloads.chat_templates import end_generation
 from workloads.instructions import SPLIT_FILE, refuse_other_split
-from workloads.progress_report import add_progress, usual_speed
+from workloads.progress_report import add_progress, storage_table, usual_speed
 from workloads.sources import CHEMISTRY, DataSource, ModelSource, TemplateSource, check_model
 from workloads.training.config import AdapterConfig, DistillableConfig, Kernel, TrainingConfig
 
@@ -94,7 +94,7 @@ def run(config: SftConfig, run: Run) -> Summary:
     check_placement(config)
     covered = coverage(config)
     run.say(covered.text())
-    from workloads.fine_tune import sft_worker
+    from workloads.fine_tune import tuning_worker
     from workloads.prepared import prepare, rows_table
 
     rows = prepare(config, run)
@@ -104,7 +104,7 @@ def run(config: SftConfig, run: Run) -> Summary:
         "config": config, "result": str(result), "questions": rows.questions,
         "train": str(rows.train), "validation": str(rows.validation),
     }  # fmt: skip
-    done = fit(sft_worker, payload, config, run)
+    done = fit(tuning_worker, payload, config, run)
     if config.method == "lora":
         run.say("merging the adapter into the base")
         write_merged(config.base, result, run.artifact("merged"), config.compute_dtype)
@@ -173,16 +173,5 @@ def report(
             "Murcko scaffolds are in more than one of train, validation and test.",
         )
     run.report.text("What is trained, and what is quantised", covered.text())
-    run.report.table(
-        "What each worker stores",
-        [
-            {
-                "rank": rank, "its share, bytes": held["local"], "of it 4-bit weights": held["local_packed"],
-                "of it their scales": held["local_scales"], "whole model, bytes": held["whole"],
-                "whole 4-bit weights": held["whole_packed"], "whole scales": held["whole_scales"],
-            }
-            for rank, held in enumerate(done["storage"])
-        ],
-        "Parameters, measured after sharding: packed weights and both levels of their scales are shards, too.",
-    )  # fmt: skip
+    run.report.table(*storage_table(done["storage"]))
     run.report.links("Artifacts", {"adapter and merged model": "artifacts/", "held-out rows": "artifacts/test.jsonl"})

@@ -31,9 +31,10 @@ from workbench.files import fingerprint, read_json, write_json
 from workloads.chat_templates import load_tokenizer
 from workloads.conversations import read_conversations
 from workloads.encoding import Counts, Recipe, encode
+from workloads.preferences import encode_preferences, read_preferences
 from workloads.training.batches import IGNORE, Row
 
-LAYOUT = 1
+LAYOUT = 2
 """Changed with what a set of rows holds, or how it comes about: older sets are then not found any more."""
 SCHEMA = pa.schema([("ids", pa.list_(pa.int32())), ("learned", pa.list_(pa.uint8())), ("source", pa.string())])
 ROWS_AT_ONCE = 256
@@ -83,9 +84,10 @@ def tokenize_range(file: Path, between: tuple[int, int], recipe: Recipe, tokeniz
     counts = Counts()
     partial = shard.with_name(f".{shard.name}.{uuid.uuid4().hex[:8]}.partial")
     with pa.OSFile(str(partial), "wb") as stream, pa.ipc.new_file(stream, SCHEMA) as writer:
-        rows = read_conversations(file, *between)
-        while chosen := list(itertools.islice(rows, ROWS_AT_ONCE)):
-            made, what = encode(chosen, tokenizer, recipe)
+        read, made_of = (read_preferences, encode_preferences) if recipe.pairs else (read_conversations, encode)
+        rows: Iterator[Any] = read(file, *between)
+        while some := list(itertools.islice(rows, ROWS_AT_ONCE)):
+            made, what = made_of(some, tokenizer, recipe)
             counts += what
             writer.write_batch(_as_arrow(made))
     partial.rename(shard)
@@ -127,7 +129,7 @@ class TokenRows(Sequence[Row]):
 
 def _key(file: Path, recipe: Recipe, tokenizer: Any) -> str:
     tokens = tokenizer.backend_tokenizer.to_str() + tokenizer.get_chat_template() + tokenizer.eos_token
-    parts = (LAYOUT, fingerprint(file), tokens, recipe.max_length, recipe.train_on)
+    parts = (LAYOUT, fingerprint(file), tokens, recipe.max_length, recipe.train_on, recipe.pairs)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

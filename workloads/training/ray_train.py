@@ -165,6 +165,7 @@ def _latest(rows: list[dict[str, Any]]) -> str:
     shown = {
         "loss": "loss {:.3f}",
         "validation_loss": "held-out loss {:.3f}",
+        "validation_accuracy": "{:.1%} of held-out pairs told apart",
         "tokens_per_second": "{:,.0f} tokens/s",
         "model_flop_utilisation": "{:.1%} of the cards' FLOP/s",
     }
