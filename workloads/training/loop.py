@@ -91,7 +91,8 @@ def train(
         if validation and (last or _due(done, config.validate_every)):
             watch.look()
             with meter.aside():
-                means = held_out_means(model, validation, config.batch_size, device, objective)
+                at_once = config.micro_batch_size * world or config.batch_size
+                means = held_out_means(model, validation, at_once, device, objective)
             row |= {f"validation_{name}": mean for name, mean in means.items()}
             history.validation.append((done, row["validation_loss"]))
             if config.early_stopping is not None and not last:
