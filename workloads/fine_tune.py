@@ -134,7 +134,7 @@ def _objective(config: SftConfig | DpoConfig, device: torch.device) -> Objective
     """What is minimised; None for the loss on the next token."""
     if isinstance(config, DpoConfig):
         return PreferenceLoss(config.beta, config.loss, config.label_smoothing, config.sft_weight, config.loss_chunk)
-    distilled = distillation(config.distill, config, device)
+    distilled = distillation(config, device)
     if config.packing and distilled is not None:
         check_packing(distilled.teacher, 1)
     return distilled

@@ -106,7 +106,7 @@ def pretrain_worker(payload: dict[str, Any]) -> dict[str, Any]:
     prepare_layers(model, config)
     if torch.distributed.is_initialized() and config.strategy == "fsdp2":
         shard(model, getattr(torch, config.compute_dtype))
-    objective = distillation(config.distill, config, device)
+    objective = distillation(config, device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
     )

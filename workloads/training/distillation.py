@@ -1,6 +1,6 @@
 """Learning from a larger model's distribution over the next token, not from the token alone.
 
-    objective = distillation(config.distill, config, device)   # beside a sharded student, on every rank
+    objective = distillation(config, device)   # beside a sharded student, on every rank
     train(model, batches, config, objective=objective, ...)
 
 Hinton et al. 2015, arXiv:1503.02531: the loss is (1 - weight) times cross-entropy plus weight times T^2 times
@@ -23,7 +23,7 @@ from workbench.errors import UserError
 from workloads.training.adapters import load_base
 from workloads.training.batches import Row, collate
 from workloads.training.chunked_loss import at_targets, cross_entropy, loss_of
-from workloads.training.config import DistillConfig, TrainingConfig
+from workloads.training.config import DistillableConfig, DistillConfig
 from workloads.training.fsdp import shard
 from workloads.training.objective import Sums
 
@@ -31,8 +31,9 @@ REST = 1e-6
 """The least probability that tokens beyond the teacher's ``top_k`` count as having together."""
 
 
-def distillation(distill: DistillConfig | None, config: TrainingConfig, device: torch.device) -> "Distillation | None":
+def distillation(config: DistillableConfig, device: torch.device) -> "Distillation | None":
     """The objective with its teacher loaded on ``device`` and sharded; None where nothing is distilled. Collective."""
+    distill = config.distill
     if distill is None:
         return None
     teacher = load_base(distill.teacher, config.compute_dtype, "none", device).eval().requires_grad_(False)
@@ -120,13 +121,11 @@ def _with_rest(logs_NK: Tensor) -> Tensor:
     return torch.cat((logs_NK, rest_N1.clamp(min=REST).log()), -1)
 
 
-def check_teacher(distill: DistillConfig | None, tokenizer: Any, length: int) -> None:
+def check_teacher(distill: DistillConfig, tokenizer: Any, length: int) -> None:
     """Raise UserError for a teacher that reads other tokens than ``tokenizer``, or sequences shorter than ``length``.
 
     ``tokenizer`` is the student's; None where it takes the teacher's.
     """
-    if distill is None:
-        return
     from transformers import AutoConfig, AutoTokenizer
 
     from workloads.sources import check_model
