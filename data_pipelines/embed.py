@@ -17,7 +17,7 @@ from data_pipelines.selection import Wanted, document_of, open_documents, select
 from data_pipelines.store import MilvusUri, check_place
 from data_pipelines.vector_index import Index, IndexKind, Metric
 from workbench.config import Config, InputPath, environment
-from workbench.errors import Failure
+from workbench.errors import Failure, UserError
 from workbench.resources import Placed
 from workbench.runs import Run, Summary
 
@@ -133,6 +133,11 @@ def _embed(config: EmbedConfig, folder: str, wanted: Wanted, placement: Placemen
     collection = Collection(config.collection, model_identity(config.model), model_revision(folder))
     if present is not None:
         present.check(config.uri, collection)
+        if config.keywords not in (None, present.keywords):
+            raise UserError(
+                f"keywords: '{config.collection}' was made {'with' if present.keywords else 'without'} an index of "
+                "words, which stays as it is: leave keywords out, or embed into another collection"
+            )
     keywords = present.keywords if present is not None else config.keywords
     collection = Collection(
         collection.name,

@@ -79,7 +79,7 @@ def run(config: SearchConfig, run: Run) -> Summary:
             config.query, config.candidates if reranker else config.limit, mode=config.mode, where=config.where,
             effort=config.effort, per_document=config.per_document,
         )  # fmt: skip
-        if (note := searcher.too_slow(1000 * (time.perf_counter() - began))) is not None:
+        if (note := searcher.too_slow(1000 * (time.perf_counter() - began), config.mode)) is not None:
             run.say(note)
     if reranker is not None:
         hits = reranker.order(config.query, hits)[: config.limit]
@@ -168,12 +168,13 @@ class Searcher:
             self._encoder = encoder
         return self._encoder
 
-    def too_slow(self, milliseconds: float) -> str | None:
+    def too_slow(self, milliseconds: float, mode: Mode) -> str | None:
         """What to say of a search that took so long in a Milvus Lite folder; None if there is nothing to say."""
         if milliseconds < TARGET_MS or is_server(self._uri):
             return None
+        vector = self.encoder.encode(["again"])[0] if mode != "keywords" else None
         began = time.perf_counter()
-        self._source.search(self._name, self.encoder.encode(["again"])[0], 10)
+        self._source.search(self._name, vector, 10, words="again" if mode != "dense" else "")
         again = 1000 * (time.perf_counter() - began)
         if again < TARGET_MS:  # the first search also loads
             return None

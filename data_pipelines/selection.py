@@ -113,7 +113,7 @@ def select(
             words = row["words"] if counted else len((row["text"] or "").split())
             if not row.get("keep", True) or words < min_words or not patterns.match(str(row.get("source") or "")):
                 continue
-            document = _checked(str(row["id"]))
+            document = _checked(row["id"])
             if chosen.setdefault(document, content) != content:
                 raise UserError(f"documents: the id '{document}' names two documents; give each its own")
             characters += len(row["text"] or "")
@@ -125,7 +125,10 @@ def select(
     return Wanted(kept, ROW_BYTES + characters // len(chosen), columns, sample, str(version))
 
 
-def _checked(document: str) -> str:
+def _checked(given: Any) -> str:
+    document = "" if given is None else str(given)
+    if not document:
+        raise UserError("documents: a document has no id; give each its own, or let 'data audit' make them")
     if len(document.encode()) > ID_BYTES:
         raise UserError(f"documents: the id '{document[:60]}...' has more than {ID_BYTES} bytes")
     return document

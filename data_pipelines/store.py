@@ -33,6 +33,14 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
 HIT_FIELDS = ["document", "position", "title", "source", "text", "metadata"]
 
 
+ESCAPED = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"})
+
+
+def literal(text: str) -> str:
+    """``text`` as a string of Milvus' filter language; pymilvus does not escape the ids that it is given."""
+    return f'"{text.translate(ESCAPED)}"'
+
+
 def is_server(uri: str) -> bool:
     """Whether ``uri`` is a Milvus server and not a Milvus Lite folder."""
     return uri.startswith(("http://", "https://"))
@@ -187,8 +195,8 @@ class Store:
     def delete(self, collection: str, ids: Sequence[str]) -> None:
         """Remove the rows with these ids."""
         for start in range(0, len(ids), PAGE // 16):
-            some = list(ids[start : start + PAGE // 16])
-            self._patiently(lambda some=some: self._client.delete(collection, ids=some))
+            named = f"id in [{', '.join(map(literal, ids[start : start + PAGE // 16]))}]"
+            self._patiently(lambda named=named: self._client.delete(collection, filter=named))
 
     def contents(self, collection: str) -> dict[str, tuple[int, int]] | None:
         """(content hash, chunks of the document) of every row by id, or None if there is no such collection."""

@@ -104,6 +104,20 @@ def test_a_collection_without_words_says_so(uri: str, searcher: Searcher, tmp_pa
         search("ducks", folder, mode="keywords")
 
 
+def test_ids_are_never_read_as_a_filter(tmp_path: Path) -> None:
+    ids = ["keep#0", "it's", 'say "hi"', "back\\slash", "two\nlines", "x'] or id in ['keep#0", 'x"] or id in ["keep#0']
+    empty = [""] * len(ids)
+    rows = {"id": ids, "document": ids, "position": [0] * len(ids), "chunks": [1] * len(ids)}
+    rows |= {"content": list(range(len(ids))), "title": empty, "source": empty, "text": empty}
+    rows |= {"metadata": ["{}"] * len(ids)}
+    table = pa.table(rows).append_column("vector", pa.array([[1.0, 0.0]] * len(ids), pa.list_(pa.float32(), 2)))
+    with closing(Store(str(tmp_path / "odd.db"))) as store:
+        store.upsert(Collection("documents", MODEL, dimension=2), table)
+        assert sorted(store.contents("documents") or {}) == sorted(ids)
+        store.delete("documents", ids[1:])
+        assert list(store.contents("documents") or {}) == ids[:1]
+
+
 def test_another_revision_of_the_model_is_refused(tmp_path: Path) -> None:
     folder = str(tmp_path / "old.db")
     with closing(Store(folder)) as store:

@@ -80,6 +80,8 @@ def test_what_is_chosen(tmp_path: Path) -> None:
 def test_ids_that_cannot_be_kept_apart_or_stored(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="names two documents"):
         select(dataset(tmp_path, id=["a", "a"], text=["1", "2"]), "")
+    with pytest.raises(UserError, match="a document has no id"):
+        select(dataset(tmp_path, id=["a", None], text=["1", "2"]), "")
     assert len(select(dataset(tmp_path, id=["a", "a"], text=["1", "1"]), "").contents) == 1
     with pytest.raises(UserError, match="more than 512 bytes"):
         select(dataset(tmp_path, id=["a" * 513], text=["1"]), "")
