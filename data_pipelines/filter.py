@@ -152,7 +152,7 @@ def apply(config: FilterConfig, table: "pa.Table") -> "tuple[pa.Table, list[dict
 
 
 def _redacted(config: FilterConfig, table: "pa.Table", count: Counter[str]) -> "pa.Table":
-    """``table`` as documents that are kept: with the findings of ``redact`` blotted out, in conversations too."""
+    """``table`` as documents that are kept: with the findings of ``redact`` blotted out, wherever the text stands."""
     import numpy as np
     import pyarrow as pa
 
@@ -171,7 +171,10 @@ def _redacted(config: FilterConfig, table: "pa.Table", count: Counter[str]) -> "
         count[kind] += int(table[column].to_numpy().sum())
         table = table.set_column(table.column_names.index(column), column, pa.array([0] * len(texts), pa.int32()))
     lengths = pa.array([len(text) for text in texts], pa.int32())
-    for name, values in (("text", texts), ("conversation", conversations), ("characters", lengths)):
+    columns: dict[str, Any] = {"text": texts, "conversation": conversations, "characters": lengths}
+    for name in {"title", "label"} & set(table.column_names):  # a title is no document: nothing is counted there
+        columns[name] = [redact(own, config.redact, config.phone_region)[0] for own in table[name].to_pylist()]
+    for name, values in columns.items():
         table = table.set_column(table.column_names.index(name), name, pa.array(values))
     return table
 

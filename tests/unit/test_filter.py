@@ -28,7 +28,8 @@ def test_reasons_redaction_and_what_changed(tmp_path: Path, runs_root: Path) -> 
     rows = [
         Row("", f"Text {i} says what the {i}th of them has to say, and no more.", "s", "", f"k{i}") for i in range(4)
     ]
-    rows.append(Row("", "Whom do I ask?\n\nAsk bob@example.org for it, please.", "s", "", "mail", exchange))
+    asked = "Whom do I ask?\n\nAsk bob@example.org for it, please."
+    rows.append(Row("Of bob@example.org", asked, "s", "", "mail", exchange))
     rows.append(Row("", "Too short.", "s", "", "short"))
     rows.append(Row("", rows[0].text.upper(), "s", "", "again"))
     audit = tmp_path / "audit" / "artifacts"
@@ -43,6 +44,7 @@ def test_reasons_redaction_and_what_changed(tmp_path: Path, runs_root: Path) -> 
     assert sorted(kept) == ["again", "k1", "k2", "k3", "mail"]
     assert kept["mail"]["text"] == "Whom do I ask?\n\nAsk [email] for it, please."
     assert json.loads(kept["mail"]["conversation"])[1] == ["assistant", "Ask [email] for it, please."]
+    assert "bob@" not in str(kept["mail"])
     assert (kept["mail"]["emails"], kept["mail"]["characters"]) == (0, len(kept["mail"]["text"]))
     assert ran("data", "compare", f"before={audit.parent}", f"after={clean}") == 0
     summary = json.loads((newest(runs_root, "data-compare") / "summary.json").read_text())
