@@ -18,7 +18,7 @@ from typer._click.exceptions import ClickException
 from cluster import cluster_cli, jobs_cli, runs_remote_cli
 from cluster.nodes import Node
 from cluster.placement import place
-from workbench.commands import Command, execute, parse_arguments
+from workbench.commands import Command, execute, parse_arguments, show_plan
 from workbench.config import CHECKOUT, Config, load
 from workbench.errors import Failure, UserError
 from workbench.interpreter import leave_spaces_behind
@@ -53,9 +53,11 @@ GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
     "train": (
         "Models: pretrain, fine-tune, evaluate.",
         {
-            "pretrain": Command("workloads.pretrain", "Train a small decoder-only model from scratch."),
+            "pretrain": Command("workloads.pretrain", "Train a small decoder-only model from scratch.", plans=True),
             "scaling": Command("workloads.scaling", "Train a ladder of sizes and fit the law by which loss falls."),
-            "sft": Command("workloads.sft", "Fine-tune on instructions: full, LoRA or QLoRA, sharded by FSDP2."),
+            "sft": Command(
+                "workloads.sft", "Fine-tune on instructions: full, LoRA or QLoRA, sharded by FSDP2.", plans=True
+            ),
             "dpo": Command("workloads.dpo", "Tune on preference pairs; the base, its adapter off, is the reference."),
             "eval": Command("workloads.evaluate", "Compare a base model and its adapter on held-out instructions."),
         },
@@ -137,7 +139,13 @@ def _add_command(group_app: typer.Typer, group: str, name: str, command: Command
             list[str] | None,
             typer.Option(metavar="'NAME>NUMBER'", hidden=not command.gates, help="Exit code 1 where it holds."),
         ] = None,
+        plan: Annotated[
+            bool, typer.Option("--plan", hidden=not command.plans, help="Estimate the memory it needs; do not run.")
+        ] = False,
     ) -> None:
+        if plan:
+            show_plan(command, arguments or [], as_json)
+            return
         recorder = RECORDER if profile else ""
         gates = [f"fail_on={json.dumps(fail_on)}"] if fail_on else []
         execute(group, name, command, [*(arguments or []), *gates], run_name=name_, as_json=as_json, recorder=recorder)

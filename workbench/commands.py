@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Protocol, get_type_hints
 
 from workbench.config import Config, load
 from workbench.errors import UserError
@@ -30,8 +30,9 @@ class Command:
     """One ``workbench GROUP NAME``: the module that has its ``run``, imported only when it is called.
 
     ``positional`` is the config key that a bare argument fills; ``ray`` says whether it needs a Ray session; ``gates``
-    that it has a key ``fail_on``, which ``--fail-on`` sets. ``varies`` names the figures of its summary that depend on
-    the state it meets, and ``once`` says why running it again reproduces nothing, where that is so.
+    that it has a key ``fail_on``, which ``--fail-on`` sets; ``plans`` that the module has ``plan(config)``, which
+    ``--plan`` prints. ``varies`` names the figures of its summary that depend on the state it meets, and ``once`` says
+    why running it again reproduces nothing, where that is so.
     """
 
     module: str
@@ -39,6 +40,7 @@ class Command:
     positional: str = ""
     ray: bool = True
     gates: bool = False
+    plans: bool = False
     varies: tuple[str, ...] = ()
     once: str = ""
 
@@ -112,6 +114,28 @@ def execute(group: str, name: str, command: Command, arguments: Sequence[str], *
         summary = redact({**summary, "seconds": round(time.monotonic() - begun, 1)})
         finish(run, summary)
     show(summary, run.folder, as_json)
+
+
+class Plan(Protocol):
+    """What a module's ``plan(config)`` returns: an estimate of what a run will need."""
+
+    def text(self) -> str:
+        """For a person to read."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The same for a program."""
+
+
+def show_plan(command: Command, arguments: Sequence[str], as_json: bool) -> None:
+    """Print what the run of these arguments would need. There is no run folder, and no Ray session.
+
+    Raises UserError for a command that has no plan.
+    """
+    if not command.plans:
+        raise UserError("this command has no --plan")
+    file, overrides = parse_arguments(command, arguments)
+    plan: Plan = importlib.import_module(command.module).plan(load(command.schema(), file, overrides))
+    print(json.dumps(plan.to_json()) if as_json else plan.text())
 
 
 def show(summary: dict[str, Any], folder: Path, as_json: bool) -> None:

@@ -8,7 +8,7 @@ Artifact: ``model/``, weights, tokenizer and chat template.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
@@ -20,6 +20,9 @@ from workloads.instructions import SPLIT_FILE, refuse_other_split
 from workloads.progress_report import add_progress, usual_speed
 from workloads.sources import CHEMISTRY
 from workloads.training.config import DistillableConfig
+
+if TYPE_CHECKING:
+    from workloads.plan import RunPlan
 
 
 class ArchitectureConfig(Config):
@@ -80,6 +83,13 @@ def check(config: PretrainConfig) -> None:
 
         check_teacher(config.distill, None, config.max_length)
         refuse_other_split(config.distill.teacher, CHEMISTRY, config.split_seed)
+
+
+def plan(config: PretrainConfig) -> "RunPlan":
+    """What each card will have to hold, for ``--plan``."""
+    from workloads.plan import plan_run
+
+    return plan_run(config)
 
 
 def run(config: PretrainConfig, run: Run) -> Summary:

@@ -21,6 +21,7 @@ from workloads.sources import CHEMISTRY, DataSource, ModelSource, TemplateSource
 from workloads.training.config import AdapterConfig, DistillableConfig, Kernel, TrainingConfig
 
 if TYPE_CHECKING:
+    from workloads.plan import RunPlan
     from workloads.training.trainable import Coverage
 
 
@@ -86,12 +87,24 @@ def coverage(config: TuningConfig) -> "Coverage":
     return examine(config.base, config.method, config.quantization, config.adapter, config.compute_dtype)
 
 
+def plan(config: SftConfig) -> "RunPlan":
+    """What each card will have to hold, for ``--plan``. Raises UserError for a base that cannot be trained so."""
+    from workloads.plan import plan_run
+
+    check_model("base", config.base)
+    coverage(config)
+    return plan_run(config)
+
+
 def run(config: SftConfig, run: Run) -> Summary:
     """Prepare the rows, train on Ray Train workers, merge, and report."""
+    from cluster.nodes import member_nodes
+    from workloads.plan import check_memory
     from workloads.training.ray_train import check_placement, fit
 
     check(config)
     check_placement(config)
+    check_memory(config, member_nodes(), run.say)
     covered = coverage(config)
     run.say(covered.text())
     from workloads.fine_tune import tuning_worker
