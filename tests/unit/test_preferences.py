@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
+from workbench.cli import main
 from workbench.config import load
 from workbench.errors import UserError
 from workbench.runs import Run, open_run
 from workloads.chat_templates import load_tokenizer
-from workloads.dpo import DpoConfig, check
+from workloads.dpo import DpoConfig
 from workloads.encoding import Recipe
 from workloads.preferences import encode_preferences, preferences, read_preferences
 from workloads.prepared import prepare, training_rows
@@ -213,8 +214,12 @@ def test_a_config_that_cannot_work_says_what_to_type(base: Path, tmp_path: Path,
         config(base, tmp_path / "p.jsonl", "loss=ipo", "label_smoothing=0.1")
 
 
-def test_the_command_ends_with_code_2_before_there_is_a_run(base: Path, tmp_path: Path) -> None:
+def test_the_command_ends_with_code_2_before_there_is_a_run(
+    base: Path, tmp_path: Path, runs_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bad = write(tmp_path / "bad.jsonl", [{"instruction": "x", "output": "y"}])
-    with pytest.raises(UserError, match=r"bad\.jsonl:1: no chosen and no rejected") as error:
-        check(config(base, bad))
-    assert error.value.exit_code == 2
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "dpo", f"base={json.dumps(str(base))}", f"data={json.dumps(str(bad))}"])
+    assert ended.value.code == 2
+    assert f"error: {bad}:1: no chosen and no rejected" in capsys.readouterr().err
+    assert not runs_root.exists()

@@ -85,9 +85,9 @@ def answer_log_probabilities(model: nn.Module, batch: Collated, chunk: int) -> T
 def adapter_off(model: nn.Module) -> Iterator[None]:
     """The base alone answers inside.
 
-    PEFT's ``disable_adapter`` does the same and also freezes the adapter meanwhile. FSDP2 reads in its first forward
-    pass, which is the reference's, which parameters are trained, and in every later one; a sharded adapter would be
-    thawed where it is not, or in no dtype to reduce its gradient in.
+    PEFT's ``disable_adapter`` also freezes the adapter meanwhile, and FSDP2 must not see that: in its first forward
+    pass, which is the reference's, it takes the dtype of the gradients from what is trained. With nothing trained they
+    stay in that of the computation, and the first backward pass in bfloat16 ends with an error.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
