@@ -138,7 +138,8 @@ class _Walk:
         layers = self.trace.layers
         last = self._gathered(layers[-1].weights) if self.world > 1 else 0
         self._backward_window("loss", self.trace.head, self.trace.head_made, last, 0)
-        reduced = 0
+        self.now["activations"] += self.now["loss"]  # what is left of it: the gradient by the last layer's output
+        self.now["loss"] = reduced = 0
         for index in reversed(range(len(layers))):
             layer = layers[index]
             ahead = self._gathered(layers[index - 1].weights) if index and self.world > 1 else 0

@@ -7,37 +7,29 @@ The code that runs is the code that trains: Transformers' layers, PEFT's adapter
 ``compiling.py`` and autograd, so that whatever an architecture saves for its backward pass is seen, and nothing is
 guessed. Layers of one kind are alike: one of each is run, and one more for the first, whose input wants no gradient.
 
-Only attention is not the code of the meta device, which has none without the scores of all pairs: it is the operator
-that torch takes on the card (flash attention without a mask, memory-efficient attention with one) or on a CPU. That of
-a CPU saves other tensors than a card's; ``Step.device`` says which are meant.
+Only a few operators are not those of the meta device: ``meta_operators.py``.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from workloads.training.adapters import add_adapter, linear_layers, target_names
 from workloads.training.chunked_loss import LossFunction, cross_entropy, loss_of
 from workloads.training.compiling import prepare_layers
 from workloads.training.config import LOSS_CHUNK, AdapterConfig, TrainingConfig
 from workloads.training.fsdp import decoder_layers
+from workloads.training.meta_operators import operators_of, use_given_mask
 from workloads.training.nf4 import NF4Linear, NF4Stack, quantize_experts
 from workloads.training.tensor_bytes import TensorBytes
 
 META = torch.device("meta")
-UNMASKED = "sdpa_unmasked"
-"""Transformers' SDPA without the mask that it would make by looking at values, which meta tensors have not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +122,7 @@ def trace_step(make: Callable[[], Any], step: Step) -> Trace:
     """The trace of ``step`` on the model that ``make`` makes."""
     with META:
         model = make().to(step.stored)
-    ALL_ATTENTION_FUNCTIONS.register(UNMASKED, sdpa_attention_forward)
-    if hasattr(model.config, "_attn_implementation"):
-        model.config._attn_implementation = UNMASKED
+    use_given_mask(model)
     stack = _layer_list(model)
     kinds = [_kind(layer, f"{stack[0]}.{index}", step) for index, layer in enumerate(stack[1])]
     shown = [0, *(kinds.index(kind, 1) for kind in dict.fromkeys(kinds[1:]))]
@@ -249,7 +239,7 @@ def _passes(
 ) -> tuple[Window, list[Window], Window, Window, int, list[Window]]:
     model.train()
     inputs, labels_BT = _inputs(step)
-    with _operators_of(step.device), _all_nonzero(), TensorBytes() as counted:
+    with operators_of(step.device), TensorBytes() as counted:
         marks = _Marks(counted)
 
         def end_of(_: Any, __: Any, output: Any) -> None:
@@ -280,7 +270,7 @@ def _passes(
 
 def _looks(model: Any, layers: list[nn.Module], step: Step) -> tuple[Window, list[Window], Window]:
     inputs, labels_BT = _inputs(step)
-    with torch.no_grad(), _operators_of(step.device), _all_nonzero(), TensorBytes() as counted:
+    with torch.no_grad(), operators_of(step.device), TensorBytes() as counted:
         marks = _Marks(counted)
         hooks = [layers[0].register_forward_pre_hook(marks)]
         hooks += [layer.register_forward_hook(marks) for layer in layers]
@@ -300,73 +290,3 @@ def _inputs(step: Step) -> tuple[dict[str, Any], Tensor]:
         inputs["attention_mask"] = torch.zeros(shape, dtype=torch.bool, device=META)
         inputs["position_ids"] = ids_BT.clone()
     return inputs, ids_BT.clone()
-
-
-def _all_nonzero() -> Any:
-    """On the meta device, count every label as a target."""
-    import torch.fx.experimental._config as config
-
-    return config.patch(meta_nonzero_assume_all_nonzero=True)
-
-
-@contextmanager
-def _operators_of(device: str) -> Iterator[None]:
-    """Have attention taken by the operator that ``device`` would take, also where a layer is recomputed.
-
-    ``grouped_mm`` multiplies in bfloat16 alone on the meta device.
-    """
-    attention, grouped = F.scaled_dot_product_attention, F.grouped_mm
-    functional: Any = F
-    functional.scaled_dot_product_attention = partial(_attend, device)
-    functional.grouped_mm = _grouped
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention, functional.grouped_mm = attention, grouped
-
-
-class _Grouped(torch.autograd.Function):
-    """``grouped_mm(x_SI, weights_EIO)`` as far as memory goes."""
-
-    @staticmethod
-    def forward(ctx: Any, x_SI: Tensor, weights_EIO: Tensor) -> Tensor:
-        ctx.save_for_backward(x_SI, weights_EIO)
-        return x_SI.new_empty(len(x_SI), weights_EIO.shape[2])
-
-    @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        made = [
-            torch.empty_like(saved) if needed else None
-            for saved, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=True)
-        ]
-        return made[0], made[1]
-
-
-def _grouped(x_SI: Tensor, weights_EIO: Tensor, **_: Any) -> Tensor:
-    out: Tensor = _Grouped.apply(x_SI, weights_EIO)
-    return out
-
-
-def _attend(
-    device: str, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-) -> Tensor:  # fmt: skip
-    aten = torch.ops.aten
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
-    out: Tensor
-    if device == "cpu":
-        out, *_ = aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
-        )
-    elif attn_mask is None and query.dtype.itemsize == 2:
-        out, *_ = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)
-    else:
-        if enable_gqa:
-            groups = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        mask = None if attn_mask is None else attn_mask.expand(*query.shape[:3], key.shape[2])
-        out, *_ = aten._scaled_dot_product_efficient_attention(
-            query, key, value, mask, True, dropout_p, is_causal, scale=scale
-        )
-    return out

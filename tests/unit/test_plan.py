@@ -1,0 +1,96 @@
+"""--plan, and the refusal of cards that cannot hold what a run needs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.labels import CardOnHost
+from cluster.nodes import Node
+from workbench.cli import main
+from workbench.errors import UserError
+from workbench.resources import ResourceRequest
+from workloads.plan import GIB, candidates, check_memory, estimate
+from workloads.sft import SftConfig
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a model's config and nothing else."""
+    from transformers import LlamaConfig
+
+    folder = tmp_path_factory.mktemp("base")
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=768, num_hidden_layers=3, num_attention_heads=4
+    )
+    config.save_pretrained(folder)
+    return str(folder)
+
+
+def config_of(base: str, **keys: Any) -> SftConfig:
+    keys = {"base": base, "workers": 2, "batch_size": 8, "max_length": 256, **keys}
+    return SftConfig(resources=ResourceRequest(gpu=keys.pop("gpu", {"model": "small"})), **keys)
+
+
+def host(name: str, *cards: tuple[str, float], reserved: bool = False) -> Node:
+    named = tuple(CardOnHost(model, f"GPU-{place}", gb, reserved) for place, (model, gb) in enumerate(cards))
+    return Node(name, cards=named, total={"GPU": float(len(cards))})
+
+
+def test_the_plan_is_printed_as_json_without_weights_or_a_run(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORKBENCH_RUNS_ROOT", str(tmp_path))
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "sft", f"base={base}", "gpus_per_worker=1", "--plan", "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    assert ended.value.code == 0
+    assert plan["estimate"] and plan["tensor_bytes"] == plan["phases"][plan["phase"]] == sum(plan["parts"].values())
+    assert plan["card_bytes"] > plan["tensor_bytes"] and {card["fits"] for card in plan["cards"]} == {"yes"}
+    assert not list(tmp_path.iterdir())
+
+
+def test_pretraining_is_planned_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "pretrain", "--plan"])
+    assert ended.value.code == 0 and "an estimate, for" in capsys.readouterr().out
+
+
+def test_a_command_without_a_plan_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "eval", "--plan"])
+    assert ended.value.code == 2 and "no --plan" in capsys.readouterr().err
+
+
+def test_cards_that_cannot_hold_the_tensors_are_refused_with_what_would_fit(base: str) -> None:
+    config = config_of(base, dtype="float32")
+    large, small = estimate(config), estimate(config.model_copy(update={"gradient_checkpointing": True}))
+    assert small.card < large.peak + GIB  # both lie within a card's reserve: the refusal needs one below the tensors
+    with pytest.raises(UserError, match=r"each worker needs .* GiB .*small on a has 0\.01 GB: it takes a larger card"):
+        check_memory(config, [host("a", ("small", 0.01), ("small", 0.01))], pytest.fail)
+
+
+def test_of_unequal_cards_the_smallest_that_is_taken_counts(base: str) -> None:
+    nodes = [host("a", ("small", 0.01), ("large", 96))]
+    both = SftConfig(base=base, workers=2, batch_size=8, resources=ResourceRequest(gpus="all on a"))
+    with pytest.raises(UserError, match="small on a has"):
+        check_memory(both, nodes, pytest.fail)
+    said: list[str] = []
+    check_memory(config_of(base, gpu="any", workers=1), nodes, said.append)
+    assert len(said) == 1 and 'ask for resources.gpu.memory=">=96GB"' in said[0]
+
+
+def test_a_card_that_only_the_tensors_fit_on_is_called_tight(base: str) -> None:
+    said: list[str] = []
+    config = config_of(base, workers=1)
+    tensors = estimate(config).peak / GIB
+    check_memory(config, [host("a", ("small", round(tensors + 0.1, 2)))], said.append)
+    assert said[0].startswith("tight: each worker needs")
+
+
+def test_nothing_is_checked_where_a_cards_memory_is_not_known(base: str) -> None:
+    unnamed = Node("b", total={"GPU": 1.0})
+    assert not candidates(config_of(base, gpu="any"), [host("a", ("small", 0.01)), unnamed])
+    assert not candidates(SftConfig(base=base), [host("a", ("small", 0.01))])
+    assert [card.memory_gb for card in candidates(config_of(base), [host("a", ("small", 0.01)), unnamed])] == [0.01]
