@@ -31,9 +31,7 @@ class DpoConfig(TuningConfig):
 
     data: Files = Field(min_length=1, description="files of prompt, chosen and rejected: JSONL, JSON, Parquet")
     method: Literal["lora", "full"] = Field("lora", description="lora: the base, its adapter off, is the reference")
-    loss: PreferenceKind = Field(
-        "sigmoid", description="sigmoid: DPO's; ipo: to a difference of 1 / (2 beta)"
-    )
+    loss: PreferenceKind = Field("sigmoid", description="sigmoid: DPO's; ipo: to a difference of 1 / (2 beta)")
     beta: float = Field(0.1, gt=0, description="pull towards the reference: the less, the further answers move")
     label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="share of pairs labelled the wrong way round")
     sft_weight: float = Field(0.0, ge=0, description="weight of the chosen answer's cross-entropy per token")

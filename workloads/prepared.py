@@ -210,10 +210,9 @@ def _questions(config: "SftConfig | DpoConfig", run: Run) -> list[tuple[str, str
         return []
     tokenizer = load_tokenizer(config.base, config.chat_template)
     file = run.artifact("validation.jsonl")
+    rows = read_conversations(file)
     if isinstance(config, DpoConfig):
         rows = (row.answered(row.chosen) for row in read_preferences(file))
-    else:
-        rows = read_conversations(file)
     return [_question(row, tokenizer) for row, _ in zip(rows, range(config.sample_prompts), strict=False)]
 
 
