@@ -123,6 +123,8 @@ def run(config: EmbedConfig, run: Run) -> Summary:
     )  # fmt: skip
     placement = place_here(config.request(), run.say, workers=config.workers)
     run.input("documents", path=config.documents, version=wanted.version)
+    if wanted.empty:
+        run.say(f"{wanted.empty:,} documents without a text are left out")
     run.say(f"{len(wanted.contents):,} documents to have in '{config.collection}' at {config.uri}")
     with writable(config.uri, environment("MILVUS_TOKEN") or "", config.patience) as milvus:
         return _embed(config, folder, wanted, placement, milvus, run)

