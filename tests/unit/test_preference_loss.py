@@ -129,8 +129,8 @@ def test_loss_and_gradients_are_those_of_the_equation(kind: str) -> None:
         beta, "ipo" if kind == "ipo" else "sigmoid", 0.2 * (kind == "smoothed"), 0.5 * (kind == "with cross-entropy"), 3
     )
     sums = objective(model, rows, CPU)
-    torch.testing.assert_close(sums.objective, by_hand)
-    torch.testing.assert_close(gradients(model, sums.objective), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(sums.objective, by_hand, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradients(model, sums.objective), expected, rtol=1e-4, atol=1e-5)  # RMSNorm is float32
 
 
 def test_what_is_watched_is_what_it_says() -> None:
