@@ -7,7 +7,6 @@ the (4-bit) base, sharded by FSDP2, is the reference while its adapter is off, s
 Artifacts: ``adapter/``, ``merged/`` (the base with the adapter added), ``test.jsonl`` (held out from all of it).
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -136,4 +135,4 @@ def report(config: DpoConfig, run: Run, rows: "Prepared", done: dict[str, Any], 
 def _metrics(run: Run) -> list[dict[str, Any]]:
     from workbench.tracking import read_metrics
 
-    return read_metrics(Path(run.folder))
+    return read_metrics(run.folder)
