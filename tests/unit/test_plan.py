@@ -64,11 +64,11 @@ def test_a_command_without_a_plan_says_so(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_cards_that_cannot_hold_the_tensors_are_refused_with_what_would_fit(base: str) -> None:
-    config = config_of(base, dtype="float32")
-    large, small = estimate(config), estimate(config.model_copy(update={"gradient_checkpointing": True}))
-    assert small.card < large.peak + GIB  # both lie within a card's reserve: the refusal needs one below the tensors
-    with pytest.raises(UserError, match=r"each worker needs .* GiB .*small on a has 0\.01 GB: it takes a larger card"):
-        check_memory(config, [host("a", ("small", 0.01), ("small", 0.01))], pytest.fail)
+    config = config_of(base, batch_size=256, max_length=2048, dtype="float32")
+    kept, recomputed = estimate(config), estimate(config.model_copy(update={"gradient_checkpointing": True}))
+    between = (recomputed.card + kept.peak) / 2 / GIB
+    with pytest.raises(UserError, match=r"needs .* GiB .*small on a has .* give gradient_checkpointing=true"):
+        check_memory(config, [host("a", ("small", between), ("small", between))], pytest.fail)
 
 
 def test_of_unequal_cards_the_smallest_that_is_taken_counts(base: str) -> None:
