@@ -80,6 +80,8 @@ def _preference(record: Mapping[str, Any], source: str) -> Preference:
 def _conversation(record: Mapping[str, Any], side: str) -> list[Message]:
     """The prompt and the answer of one side. Raises SchemaError where they are none."""
     prompt, answer = record.get("prompt"), record[side]
+    if not isinstance(answer, Sequence):
+        raise SchemaError(f"{side} is neither a text nor a list of messages")
     turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else list(answer)
     whole = not isinstance(answer, str) and bool(turns) and _role(turns[0]) != "assistant"
     if isinstance(prompt, str) and not whole:

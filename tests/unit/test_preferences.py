@@ -85,6 +85,8 @@ def test_parquet_is_read_too(tmp_path: Path) -> None:
         ({"chosen": [ASKED, RIGHT, ASKED], "rejected": [ASKED, WRONG]}, "chosen does not end with an answer"),
         ({"prompt": "x", "chosen": "y", "rejected": [{"role": "nobody", "content": ""}]}, "rejected: .*unknown role"),
         ({"prompt": [ASKED], "chosen": [ASKED, RIGHT], "rejected": [ASKED, WRONG]}, "two questions in a row"),
+        ({"prompt": "x", "chosen": 5, "rejected": "y"}, "chosen is neither a text nor a list of messages"),
+        ({"prompt": 5, "chosen": "x", "rejected": "y"}, "no prompt, and chosen is an answer alone"),
         (["x"], r"bad\.jsonl:2: a row is an object with prompt, chosen and rejected"),
     ],
 )
