@@ -64,7 +64,7 @@ def test_a_command_without_a_plan_says_so(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_cards_that_cannot_hold_the_tensors_are_refused_with_what_would_fit(base: str) -> None:
-    config = config_of(base, batch_size=256, max_length=2048, dtype="float32")
+    config = config_of(base, batch_size=32, max_length=2048, dtype="float32", loss_chunk=8192)
     kept, recomputed = estimate(config), estimate(config.model_copy(update={"gradient_checkpointing": True}))
     between = (recomputed.card + kept.peak) / 2 / GIB
     with pytest.raises(UserError, match=r"needs .* GiB .*small on a has .* give gradient_checkpointing=true"):
