@@ -160,7 +160,7 @@ def test_the_saved_adapter_has_the_loss_that_was_reported(tuned: tuple[Path, Any
     assert loss == pytest.approx(tuned[1]["validation_loss"], abs=1e-5)
 
 
-def test_samples_under_way_are_what_the_saved_adapter_answers(tuned: tuple[Path, Any]) -> None:
+def test_samples_under_way_are_what_the_saved_adapter_answers(base: Path, tuned: tuple[Path, Any]) -> None:
     """With the base and adapter sharded over two workers; those of the last step."""
     from peft import PeftModel
     from transformers import AutoTokenizer
