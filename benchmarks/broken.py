@@ -57,7 +57,7 @@ def _lines(path: Path, each: int, rng: random.Random) -> list[dict[str, Any]]:
         record("text is no text but list", text=["words", "of", "a", "list"])
         record("empty", text="")
         record("empty", text=" \n\t ")
-        record("empty", text="... --- ...")
+        record("no words", text="... --- ...")
         record("too long", text=f"{new_word(rng)} " * (TOO_LONG // 8))
         record("id is missing", id=None)
         line("undecodable line", f'{{"id": "latin-{at}", "text": "caf'.encode() + b'\xe9 and more"}')
