@@ -21,7 +21,8 @@ demo: .venv/installed
 	$(RUN) workbench demo $(ARGS)
 
 test: lint
-	$(RUN) pytest $(ARGS)
+	$(RUN) pytest tests/unit --numprocesses 2 --dist loadfile $(ARGS) || [ $$? = 5 ]  # 5: ARGS leave none of them
+	$(RUN) pytest tests/integration tests/lab $(ARGS)
 
 lab: .venv/installed-dev
 	@cd tests && LACK="$$(../.venv/bin/python -c 'from lab.lab import missing; print(missing())')"; \
@@ -30,7 +31,8 @@ lab: .venv/installed-dev
 
 soak: .venv/installed-dev
 	KILL_ROUNDS=$(or $(ROUNDS),10) $(RUN) pytest tests/integration/test_milvus_server.py \
-	    tests/integration/test_embed_kill.py tests/integration/test_train_kill.py $(ARGS)
+	    tests/integration/test_embed_kill.py tests/integration/test_train_kill.py tests/integration/test_scaling.py \
+	    tests/unit/test_loss_equality.py -m "soak or not soak" $(ARGS)
 
 bench-data: ROWS ?= 500000
 bench-data: .venv/installed

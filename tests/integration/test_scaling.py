@@ -13,7 +13,7 @@ from workbench.files import read_json
 from workbench.runs import finish, open_run, run_id
 from workbench.tracking import read_metrics
 
-pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(600)]
 
 TINY = [
     "workers=1", "strategy=single", "cpus_per_worker=0.5", "steps=4", "batch_size=4", "warmup_steps=1", "log_every=1",

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from kills import wait_until
 
 from workbench.tracking import Tracker, read_metrics, wandb_mode
 
@@ -54,7 +55,7 @@ def test_rows_reach_an_offline_wandb_run(tmp_path: Path) -> None:
     tracker.log(1, loss=0.25)
     tracker.close({"best": 0.25})
     [offline] = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
-    assert b"loss" in offline.read_bytes()
+    wait_until(lambda: b"loss" in offline.read_bytes(), 60, "W&B's process has written the row")
 
 
 @pytest.mark.usefixtures("no_wandb")
