@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from lab.cards import RTX_5090, RTX_PRO_6000, library, write_cards
 
@@ -117,7 +118,7 @@ def test_a_port_that_is_taken_is_told_with_its_program(listener: socket.socket) 
     port = listener.getsockname()[1]
     (found,) = run({"ports": [port]})["listening"]
     assert (found["port"], found["address"]) == (port, "127.0.0.1")
-    assert found["program"].startswith("py")
+    assert found["program"] == Path(psutil.Process().cmdline()[0].split()[0]).name
     assert run({"ports": []})["listening"] == []
 
 
