@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +32,7 @@ from workloads.chat_templates import load_tokenizer
 from workloads.conversations import read_conversations
 from workloads.encoding import Counts, Recipe, encode
 from workloads.preferences import encode_preferences, read_preferences
-from workloads.training.batches import IGNORE, Row
+from workloads.training.batches import IGNORE, MadeRows, Row
 
 LAYOUT = 2
 """Changed with what a set of rows holds, or how it comes about: older sets are then not found any more."""
@@ -94,7 +94,7 @@ def tokenize_range(file: Path, between: tuple[int, int], recipe: Recipe, tokeniz
     return counts
 
 
-class TokenRows(Sequence[Row]):
+class TokenRows(MadeRows):
     """The rows of a folder that ``tokenize`` made. They stay on disk: a rank holds its batch and the lengths."""
 
     def __init__(self, folder: Path) -> None:
@@ -107,17 +107,8 @@ class TokenRows(Sequence[Row]):
         offsets = [batch.column("ids").offsets.to_numpy() for batch in self._batches]
         self.lengths: Sequence[int] = np.concatenate([np.diff(each) for each in offsets]).tolist() if offsets else []
 
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    @overload
-    def __getitem__(self, place: int) -> Row: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Row]: ...
-    def __getitem__(self, place: int | slice) -> Row | list[Row]:
-        if isinstance(place, slice):
-            return [self[index] for index in range(*place.indices(len(self)))]
-        place = range(len(self))[place]
+    def row(self, place: int) -> Row:
+        """The row at ``place``, from 0."""
         number = bisect.bisect_right(self._ends, place)
         batch = self._batches[number]
         within = place - (self._ends[number] - batch.num_rows)

@@ -2,9 +2,10 @@
 
 import itertools
 import random
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -32,6 +33,27 @@ class Row:
     def targets(self) -> int:
         """How many of its tokens are predicted: the first has nothing before it."""
         return sum(label != IGNORE for label in self.labels[1:])
+
+
+class MadeRows(Sequence[Row]):
+    """Rows that are made when they are asked for; ``lengths`` has that of each in tokens."""
+
+    lengths: Sequence[int]
+
+    @abstractmethod
+    def row(self, place: int) -> Row:
+        """The row at ``place``, from 0."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, place: int) -> Row: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Row]: ...
+    def __getitem__(self, place: int | slice) -> Row | list[Row]:
+        places = range(len(self))[place]
+        return self.row(places) if isinstance(places, int) else [self.row(each) for each in places]
 
 
 def lengths_of(rows: Sequence[Row]) -> Sequence[int]:

@@ -11,12 +11,12 @@ depends on the seed alone and stays for all epochs, so that any step's batch is 
 import bisect
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any, overload
+from typing import Any
 
 import torch
 
 from workbench.errors import UserError
-from workloads.training.batches import IGNORE, Row, collate, lengths_of
+from workloads.training.batches import IGNORE, MadeRows, Row, collate, lengths_of
 from workloads.training.fsdp import evaluation_mode
 
 WINDOW = 4096
@@ -52,7 +52,7 @@ def _best_fit(order: Sequence[int], lengths: Sequence[int], capacity: int) -> li
     return sequences
 
 
-class PackedRows(Sequence[Row]):
+class PackedRows(MadeRows):
     """``rows`` packed into sequences of up to ``capacity`` tokens; a sequence is joined when it is asked for."""
 
     def __init__(self, rows: Sequence[Row], capacity: int, seed: int) -> None:
@@ -61,16 +61,8 @@ class PackedRows(Sequence[Row]):
         self._sequences = pack(own, capacity, seed)
         self.lengths = [sum(own[index] for index in sequence) for sequence in self._sequences]
 
-    def __len__(self) -> int:
-        return len(self._sequences)
-
-    @overload
-    def __getitem__(self, place: int) -> Row: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Row]: ...
-    def __getitem__(self, place: int | slice) -> Row | list[Row]:
-        if isinstance(place, slice):
-            return [self[i] for i in range(*place.indices(len(self)))]
+    def row(self, place: int) -> Row:
+        """The row at ``place``, from 0."""
         return join([self._rows[index] for index in self._sequences[place]])
 
     @property

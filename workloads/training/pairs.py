@@ -6,9 +6,8 @@ resumed as any row is. It is never a forward pass's sequence: ``halves`` takes i
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import overload
 
-from workloads.training.batches import Row, lengths_of
+from workloads.training.batches import MadeRows, Row, lengths_of
 from workloads.training.packing import join
 
 
@@ -18,23 +17,14 @@ def halves(row: Row) -> tuple[Row, Row]:
     return Row(row.ids[:start], row.labels[:start]), Row(row.ids[start:], row.labels[start:])
 
 
-class Pairs(Sequence[Row]):
+class Pairs(MadeRows):
     """``rows`` two by two: chosen, rejected, chosen, rejected."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self._rows, own = rows, lengths_of(rows)
         self.lengths = [chosen + rejected for chosen, rejected in zip(own[::2], own[1::2], strict=True)]
 
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    @overload
-    def __getitem__(self, place: int) -> Row: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Row]: ...
-    def __getitem__(self, place: int | slice) -> Row | list[Row]:
-        if isinstance(place, slice):
-            return [self[index] for index in range(*place.indices(len(self)))]
-        place = range(len(self))[place]
+    def row(self, place: int) -> Row:
+        """The row at ``place``, from 0."""
         chosen, rejected = self._rows[2 * place], self._rows[2 * place + 1]
         return replace(join([chosen, rejected]), sources=chosen.sources)
