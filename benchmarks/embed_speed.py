@@ -2,9 +2,10 @@
 
     python -m benchmarks.embed_speed --documents CORPUS/train --rows 1500 --rounds 3
 
-The bare loop is what one would write without a pipeline: two processes of one thread, each with half of the texts in
-one call of sentence-transformers, which sorts them by length. Both sides are counted from when the models are loaded;
-what setting up costs is told apart. Writes a table to standard output as JSON.
+The bare loop is two processes of one thread, each with half of the texts in one call: once with the batches of ``data
+embed``, so that the difference is the pipeline's, and once with sentence-transformers' 32, which is what one would
+write. All sides are counted from when the models are loaded; what setting up costs is told apart. Writes a
+table to standard output as JSON.
 """
 
 import argparse
@@ -31,11 +32,11 @@ PROGRESS = re.compile(r"([\d,]+) of ([\d,]+) embedded")
 BATCH = 64
 
 
-def bare_loop(texts: list[str], dtype: str) -> float:
+def bare_loop(texts: list[str], dtype: str, batch: int | None) -> float:
     """Documents per second of two processes that do nothing but encode."""
     context = multiprocessing.get_context("spawn")
     ready, go = context.Barrier(3), context.Barrier(3)
-    workers = [context.Process(target=_encode, args=(texts[half::2], dtype, ready, go)) for half in range(2)]
+    workers = [context.Process(target=_encode, args=(texts[half::2], dtype, batch, ready, go)) for half in range(2)]
     for worker in workers:
         worker.start()
     ready.wait()
@@ -47,7 +48,7 @@ def bare_loop(texts: list[str], dtype: str) -> float:
     return len(texts) / (time.perf_counter() - began)
 
 
-def _encode(texts: list[str], dtype: str, ready, go) -> None:  # type: ignore[no-untyped-def]
+def _encode(texts: list[str], dtype: str, batch: int | None, ready, go) -> None:  # type: ignore[no-untyped-def]
     from data_pipelines.encoder import Encoder, locate_model
 
     os.nice(15)  # as Ray's workers are, so that both sides lose the same to whatever else runs
@@ -55,7 +56,7 @@ def _encode(texts: list[str], dtype: str, ready, go) -> None:  # type: ignore[no
     encoder.encode(texts[:8])
     ready.wait()
     go.wait()
-    encoder.encode(texts)
+    encoder.encode(texts, batch)
 
 
 def pipeline(documents: Path, rows: int, dtype: str, folder: Path) -> tuple[float, float]:
@@ -67,10 +68,11 @@ def pipeline(documents: Path, rows: int, dtype: str, folder: Path) -> tuple[floa
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
     assert process.stderr is not None
     seen: list[tuple[float, int]] = []
+    line = ""
     for line in process.stderr:
         if match := PROGRESS.match(line):
             seen.append((time.perf_counter(), int(match[1].replace(",", ""))))
-    assert process.wait() == 0 and seen[-1][1] == rows
+    assert process.wait() == 0 and seen[-1][1] == rows, f"exit code {process.returncode}, {seen[-1:]} of {rows}: {line}"
     (first, some), (last, every) = seen[0], seen[-1]
     return (every - some) / (last - first), time.perf_counter() - began
 
@@ -91,7 +93,9 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as name:
                 own = Path(name) / "documents.parquet"
                 pq.write_table(pa.table({"id": table["id"], "text": table["text"]}), own, row_group_size=BATCH)
-                measured.setdefault(f"bare loop, {dtype}", []).append(bare_loop(texts, dtype))
+                for batches, batch in (("batches of data embed", None), ("batches of 32", 32)):
+                    rate = bare_loop(texts, dtype, batch)
+                    measured.setdefault(f"bare loop, {batches}, {dtype}", []).append(rate)
                 rate, seconds = pipeline(own, given.rows, dtype, Path(name))
                 measured.setdefault(f"data embed, {dtype}", []).append(rate)
                 measured.setdefault(f"data embed, {dtype}, seconds in all", []).append(seconds)

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from data_pipelines.duplicates import SHINGLE, WORD, jaccard, shingles, words_of
+from data_pipelines.duplicates import SHINGLE, jaccard, shingles
 from data_pipelines.ngrams import Words
 from data_pipelines.pii import IBAN_LENGTHS
+from data_pipelines.words import word_places, words_of
 
 RUN = 13
 LEVELS = (0.95, 0.9, 0.85, 0.8, 0.78, 0.7, 0.6)
@@ -91,7 +92,7 @@ def new_word(rng: random.Random) -> str:
 
 def exact_copy(text: str, rng: random.Random) -> str:
     """The same words in the same order in another case, spacing and punctuation, and no longer than ``text``."""
-    words = [match.group() for match in WORD.finditer(text)]
+    words = [match.group() for match in word_places(text)]
     style = rng.randrange(3)
     if style == 0:
         return text
@@ -102,7 +103,7 @@ def near_copy(text: str, similarity: float, rng: random.Random) -> tuple[str, fl
     """(a text with words exchanged and added, its true similarity to ``text``): as little above ``similarity`` as
     words allow. Half of the copies only have words added, so that some are of exactly that similarity."""
     own = shingles(words_of(text))
-    places = list(WORD.finditer(text))
+    places = list(word_places(text))
     copy, reached = text, 1.0
     if rng.random() < 0.5:
         changed: list[int] = []
@@ -126,7 +127,7 @@ def _exchanged(text: str, matches: Iterable[re.Match[str]], rng: random.Random) 
 
 def with_run(host: str, text: str, words: int, rng: random.Random) -> str:
     """``host`` with exactly ``words`` consecutive words of ``text`` put into its middle, between two new words."""
-    theirs = list(WORD.finditer(text))
+    theirs = list(word_places(text))
     first = rng.randrange(len(theirs) - words)
     run = text[theirs[first].start() : theirs[first + words - 1].end()]
     return put_into(host, f"{new_word(rng)} {run} {new_word(rng)}", rng)

@@ -10,7 +10,6 @@ import json
 import shlex
 import shutil
 import socket
-import time
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -26,6 +25,7 @@ from cluster.stages import PORT, Stage, Step, stages
 from workbench.config import CHECKOUT, Config, runs_root
 from workbench.errors import Failure, UserError
 from workbench.files import read_json, write_atomic, write_json
+from workbench.marks import phase
 from workbench.runs import Run, Summary, find_runs, run_id, state_of
 from workbench.session import local_cluster
 
@@ -72,7 +72,6 @@ class Demo:
         self._config, self._run, self._display, self._head = config, run, display, head
         self._jobs: DemoJobs | None = None
         self._finished = FinishedSteps(runs_root() / "demo" / "finished.json")
-        self._phases = run.folder / "artifacts" / "phases.jsonl"
         self._stop_file = run.folder / "artifacts" / "stop-recording"
 
     def stage(self, index: int, stage: Stage) -> None:
@@ -85,18 +84,16 @@ class Demo:
             return
         jobs = self._start_head()
         self._display.begin(index)
-        began = time.time()
         port = _port_to_serve() if stage.live else PORT
-        for step in stage.steps:
-            fingerprint = self._fingerprint(step)
-            argv = self._arguments(step, port)
-            folder = None if stage.live else self._finished.get(fingerprint)
-            if folder is None:
-                folder = jobs.wait(jobs.start(step.key, argv), lambda text: self._display.found(index, text))
-                self._finished.put(fingerprint, folder)
-            self.results[step.key] = folder
-        with self._phases.open("a") as phases:
-            phases.write(json.dumps({"name": stage.title, "start": began, "end": time.time()}) + "\n")
+        with phase(stage.title):
+            for step in stage.steps:
+                fingerprint = self._fingerprint(step)
+                argv = self._arguments(step, port)
+                folder = None if stage.live else self._finished.get(fingerprint)
+                if folder is None:
+                    folder = jobs.wait(jobs.start(step.key, argv), lambda text: self._display.found(index, text))
+                    self._finished.put(fingerprint, folder)
+                self.results[step.key] = folder
         self._display.end(index, "done", headline(self.results[stage.steps[0].key]))
 
     def profile(self, index: int) -> None:
@@ -109,7 +106,7 @@ class Demo:
         self._display.begin(index)
         write_atomic(self._stop_file, "")
         recording = jobs.wait(self._recorder)
-        argv = ["profile", "report", f"recording=runs/{run_id(recording)}", f"phases={self._phases}"]
+        argv = ["profile", "report", f"recording=runs/{run_id(recording)}"]
         self.results["timeline"] = jobs.wait(jobs.start("timeline", argv))
         self.commands["timeline"] = _typed(argv)
         self._finished.put("timeline", self.results["timeline"])
@@ -149,7 +146,6 @@ class Demo:
             cluster = self._head.enter_context(local_head())
             self._jobs = DemoJobs(job_client(cluster), self._run)
             self._head.callback(self._jobs.stop_all)
-            self._run.artifact(self._phases.name).touch()
             argv = ["profile", "record", "configs/demo/record.yaml", f"stop_file={self._stop_file}"]
             self._recorder = self._jobs.start("record", argv)
         return self._jobs

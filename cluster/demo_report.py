@@ -25,7 +25,7 @@ def write_report(run: Run, plan: list[Stage], results: dict[str, Path], commands
             for step in stage.steps:
                 _add_step(run, step.key, results[step.key], commands[step.key], step.tables)
     report.heading(f"{len(plan) + 1}. Profile", note="The whole demo on one time axis, a band per stage.")
-    _add_step(run, "timeline", results["timeline"], commands.get("timeline", ""), ("Phases",))
+    _add_step(run, "timeline", results["timeline"], commands.get("timeline", ""), ("Findings", "Phases", "By step"))
     return _summary(results)
 
 

@@ -86,6 +86,7 @@ class JobSpec:
     after: list[str] = field(default_factory=list)
     retries: int = 0
     workers: str = ""
+    cards: float = 0.0
 
     def __post_init__(self) -> None:
         refuse_secrets(self.command, self.variables)
@@ -153,6 +154,7 @@ class JobSpec:
             "after": ", ".join(self.after),
             "retries": str(self.retries or ""),
             "secrets": ", ".join(self.secrets),
+            "cards": f"{self.cards or self.resources.gpus:g}" if self.cards or self.resources.gpus else "",
             "asks": json.dumps(self.resources.asks()) if self.resources.arguments() else "",
         }
         return {key: value for key, value in shown.items() if value}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.job_spec import EXEC, EntrypointResources, JobSpec, check_name, hidden_line
+from workbench.cost import cost, read_prices
 from workbench.errors import Failure, UserError
 
 if TYPE_CHECKING:
@@ -184,6 +185,7 @@ def describe(details: "JobDetails") -> dict[str, Any]:
     started = (details.start_time or 0) / 1000
     ended = details.end_time / 1000 if details.end_time else None
     metadata = details.metadata or {}
+    seconds = (ended or time.time()) - started
     return {
         "job": details.submission_id,
         "state": _state(details),
@@ -196,7 +198,8 @@ def describe(details: "JobDetails") -> dict[str, Any]:
         "part_of": metadata.get("part_of", ""),
         "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(started)),
         "age": round(time.time() - started, 1),
-        "seconds": round((ended or time.time()) - started, 1),
+        "seconds": round(seconds, 1),
+        "cost": cost(seconds, float(metadata.get("cards", "0")), None, read_prices()),
         "exit_code": details.driver_exit_code,
         "message": details.message or "",
     }

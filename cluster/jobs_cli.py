@@ -37,6 +37,7 @@ class CommandFacts:
     takes_resources: Callable[[Sequence[str]], bool]
     waits: Callable[[Sequence[str], "Sequence[Node]"], list[str]]
     requests: Callable[[Sequence[str]], str]
+    cards: Callable[[Sequence[str]], float]
 
 
 def submit_command(facts: CommandFacts) -> Callable[..., int]:
@@ -89,7 +90,7 @@ def submit_command(facts: CommandFacts) -> Callable[..., int]:
         if request is not None and facts.takes_resources(command):
             command = [*command, _override(request)]
             request = None
-        workers = facts.requests(command)
+        workers, cards = facts.requests(command), facts.cards(command)
         nodes = remote_nodes(cluster)
         for text in facts.waits(command, nodes):
             print(f"the workers' request {text}", file=sys.stderr)
@@ -97,7 +98,7 @@ def submit_command(facts: CommandFacts) -> Callable[..., int]:
         own = EntrypointResources(memory=memory << 20, custom=custom)
         if request is not None:
             own = _entrypoint(request, nodes, memory << 20, custom)
-        spec = JobSpec(command, root, own, variables, secret or [], after or [], retries, workers)
+        spec = JobSpec(command, root, own, variables, secret or [], after or [], retries, workers, cards)
         if dry_run:
             print(spec.plain_line(cluster.dashboard, name))
             return 0
@@ -190,18 +191,22 @@ def _entrypoint(
 def list_jobs(address: Address = None, as_json: AsJson = False) -> None:
     """Every job the cluster remembers, newest first."""
     from cluster.jobs import describe
+    from workbench.cost import cost_text
 
     rows = [describe(job) for job in _client(address).list_jobs() if job.submission_id]
     rows.sort(key=lambda row: row["started"], reverse=True)
     if as_json:
         print(json.dumps(rows))
         return
-    shape = "{:<24} {:<10} {:<18} {:>8} {:>8} {:>5}  {:<28} {}"
-    print(shape.format("JOB", "STATE", "OWNER", "AGE", "TOOK", "EXIT", "RESOURCES", "COMMAND"))
+    shape = "{:<24} {:<10} {:<18} {:>8} {:>8} {:>5}  {:<28} {:<20} {}"
+    print(shape.format("JOB", "STATE", "OWNER", "AGE", "TOOK", "EXIT", "RESOURCES", "COST", "COMMAND"))
     for row in rows:
         code = "" if row["exit_code"] is None else str(row["exit_code"])
         times = [_duration(row["age"]), _duration(row["seconds"])]
-        print(shape.format(row["job"], row["state"], row["owner"], *times, code, row["resources"], row["command"]))
+        paid = cost_text(row["cost"])
+        print(
+            shape.format(row["job"], row["state"], row["owner"], *times, code, row["resources"], paid, row["command"])
+        )
 
 
 def _duration(seconds: float) -> str:

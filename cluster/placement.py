@@ -88,6 +88,12 @@ def place(request: ResourceRequest, nodes: Sequence[Node], *, workers: int = 1) 
     return best.placement
 
 
+def ways(request: ResourceRequest, nodes: Sequence[Node], *, workers: int = 1) -> list[tuple[Placement, int]]:
+    """Every way to place one of ``workers`` alike workers, the one to prefer first, with how many of it fit now."""
+    choices = [choice for choice in _choices(request, nodes, workers) if choice.room >= workers]
+    return [(choice.placement, choice.free) for choice in sorted(choices, key=lambda choice: choice.rank)]
+
+
 def place_here(request: ResourceRequest, say: Callable[[str], Any], *, workers: int = 1) -> Placement:
     """``place`` on the cluster that this process is connected to; what it must wait for is said."""
     placement = place(request, member_nodes(), workers=workers)

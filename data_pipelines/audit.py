@@ -145,7 +145,7 @@ def run(config: AuditConfig, run: Run) -> Summary:
     """Write ``artifacts/documents/`` (Parquet: every document with its findings, ``keep`` true for what survives),
     ``artifacts/quarantine.parquet`` and, where there are splits, ``artifacts/leaks.parquet``.
 
-    Raises UserError where there is nothing to read, Failure where a gate of ``fail_on`` is not passed; the report and
+    Raises UserError where a source has no documents, Failure where a gate of ``fail_on`` is not passed; the report and
     the summary are then written all the same.
     """
     from data_pipelines.audit_report import describe
@@ -169,11 +169,6 @@ def run(config: AuditConfig, run: Run) -> Summary:
         corpus.compare(config.threshold, config.evaluated)
         compared = time.monotonic()
         corpus.write(config.phone_region)
-    if not corpus.statistics.documents:
-        raise UserError(
-            f"no documents in {', '.join(reading.source for reading in config.sources.values())}: "
-            f"{len(corpus.quarantined)} rows were read and all were quarantined, the first as {_first_reason(corpus)}"
-        )
     seconds = {
         "read and measure": measured - began,
         "compare": compared - measured,
@@ -185,7 +180,9 @@ def run(config: AuditConfig, run: Run) -> Summary:
     summary = summarise(config, corpus)
     figures = shares(corpus) | {name: value for name, value in summary.items() if name in COUNTS}
     found = crossed(config.fail_on, figures)
-    describe(run.report, corpus, config, figures, seconds)
+    without = without_documents(config, corpus)
+    if summary["documents"]:
+        describe(run.report, corpus, config, figures, seconds)
     run.say(
         f"{summary['documents']:,} documents: {summary['exact_duplicates']:,} exact and "
         f"{summary['near_duplicates']:,} near duplicates, {summary['emails']:,} e-mail addresses, "
@@ -193,7 +190,9 @@ def run(config: AuditConfig, run: Run) -> Summary:
     )
     if found:
         finish(run, summary | {"not_passed": found})
-        raise Failure(f"{'; '.join(found)}; see {run.folder / 'report.html'}")
+        raise Failure(f"{'; '.join([*found, *without])}; see {run.folder / 'report.html'}")
+    if without:
+        raise UserError("; ".join(without))
     return summary
 
 
@@ -213,7 +212,7 @@ def summarise(config: AuditConfig, corpus: "Corpus") -> Summary:
         "characters": int(figures.lengths("characters").sum()),
         **tokens,
         "languages": len(figures.languages),
-        "english_percent": round(100 * figures.languages["en"] / figures.documents, 1),
+        "english_percent": round(100 * figures.languages["en"] / max(1, figures.documents), 1),
         **{f"{kind}s": figures.personal[kind] for kind in KINDS},
         **exchanges,
         "fingerprint": corpus.fingerprint,
@@ -236,8 +235,16 @@ def shares(corpus: "Corpus") -> dict[str, float]:
     }
 
 
-def _first_reason(corpus: "Corpus") -> str:
-    return f"'{corpus.quarantined[0]['reason']}'" if corpus.quarantined else "nothing"
+def without_documents(config: AuditConfig, corpus: "Corpus") -> list[str]:
+    """What is wrong of each source that gave none: with nothing to compare, no leak is no answer."""
+    said = []
+    for split, reading in config.sources.items():
+        if split not in corpus.statistics.splits:
+            reasons = [row["reason"] for row in corpus.quarantined if row["split"] == split]
+            which = f"splits.{split}: no documents" if split else "no documents"
+            first = f" and all were quarantined, the first as '{reasons[0]}'" if reasons else ""
+            said.append(f"{which} in {reading.source}: {len(reasons)} rows were read{first}")
+    return said
 
 
 def _measure(config: AuditConfig, opened: dict[str, Opened], corpus: "Corpus", run: Run) -> None:

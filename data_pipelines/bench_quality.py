@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from data_pipelines.store import Store
 
 ENCODED = 1_024
+NAMED = 1_000
+"""Ids that one filter names."""
 
 
 class JudgedConfig(Config):
@@ -53,7 +55,7 @@ def judge(config: JudgedConfig, collection: str, store: "Store", target: "Target
     rankings = (
         _of_corpus(config, collection, store, target, asked, judged, run)
         if config.corpus is not None
-        else _of_collection(config, store, asked)
+        else _of_collection(config, store, asked, judged)
     )
     rows = [{"search": name, "queries": len(judged), **evaluate(judged, ranking)} for name, ranking in rankings.items()]
     for row in rows:
@@ -126,14 +128,30 @@ def _rank(store: "Store", made: "Collection", asked: dict[str, str], asking: Any
     }
 
 
-def _of_collection(config: JudgedConfig, store: "Store", asked: dict[str, str]) -> dict[str, Any]:
+def _of_collection(config: JudgedConfig, store: "Store", asked: dict[str, str], judged: Any) -> dict[str, Any]:
     """Rankings of a collection, its queries embedded by the model that made it."""
-    from data_pipelines.encoder import Encoder, locate_model
+    from data_pipelines.collection import Collection
+    from data_pipelines.encoder import Encoder, locate_model, model_revision
     from data_pipelines.judgements import DEPTH
 
     made = store.collection(config.collection)
     if made is None:
         raise UserError(f"judged.collection: there is no '{config.collection}' in {store.uri}")
-    encoder = Encoder(locate_model(made.model), threads=config.threads)
+    folder = locate_model(made.model)
+    encoder = Encoder(folder, threads=config.threads)
+    made.check(store.uri, Collection(made.name, made.model, model_revision(folder), encoder.dimension))
     asking = encoder.encode(list(asked.values()))
+    if not _holds(store, made.name, sorted({name for grades in judged.values() for name in grades}), asking[0]):
+        raise UserError(f"qrels: none of the judged documents is in the collection '{made.name}'")
     return _rank(store, made, asked, asking, 2 * DEPTH)
+
+
+def _holds(store: "Store", collection: str, documents: list[str], vector: Any) -> bool:
+    """Whether a collection has one of these documents; ``vector`` is any, for Milvus to search with."""
+    from data_pipelines.store import literal
+
+    for start in range(0, len(documents), NAMED):
+        named = ", ".join(map(literal, documents[start : start + NAMED]))
+        if store.search(collection, vector, 1, where=f"document in [{named}]"):
+            return True
+    return False

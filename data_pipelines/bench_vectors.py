@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -84,13 +85,27 @@ def _read(folder: Path, most: int) -> np.ndarray:
                 raise UserError(
                     f"vectors: {file} has vectors of {part.shape[1]} dimensions, others have {parts[0].shape[1]}"
                 )
-            parts.append(_unit(part.astype(np.float32)))
+            parts.append(_directions(part, file))
             count += len(part)
         if count >= most:
             break
-    if not parts:
-        raise UserError(f"vectors: {folder} has neither .npy files nor .parquet files with a column 'vector'")
+    if not count:
+        raise UserError(
+            f"vectors: {folder} has no vectors: neither .npy files nor .parquet files with a column 'vector' have any"
+        )
     return np.concatenate(parts)[:most]
+
+
+def _directions(part: np.ndarray, file: Path) -> np.ndarray:
+    """``part`` [rows, dimension] at length one. Raises UserError where a row has no direction."""
+    if not part.shape[1]:
+        raise UserError(f"vectors: {file} has vectors of 0 dimensions")
+    vectors = part.astype(np.float32)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    if len(wrong := np.flatnonzero(~np.isfinite(lengths) | (lengths == 0))):
+        raise UserError(f"vectors: {file} has {len(wrong)} vectors that are all 0 or not finite, the first {wrong[0]}")
+    directions: np.ndarray = vectors / lengths
+    return directions
 
 
 def _vectors_of(file: Path) -> Iterator[np.ndarray]:
@@ -100,21 +115,41 @@ def _vectors_of(file: Path) -> Iterator[np.ndarray]:
     if file.suffix == ".npy":
         try:
             array = np.load(file, mmap_mode="r")
-        except ValueError as error:
+        except (ValueError, EOFError, OSError) as error:
             raise UserError(f"vectors: {file} cannot be read: {error}") from None
-        if array.ndim != 2:
-            raise UserError(f"vectors: {file} has {array.ndim} dimensions: give an array [rows, dimension]")
+        if array.ndim != 2 or array.dtype.kind not in "fiu":
+            raise UserError(
+                f"vectors: {file} has {array.ndim} dimensions of {array.dtype}: give an array [rows, dimension] of "
+                "numbers"
+            )
         yield np.asarray(array)
         return
     try:
         parquet = pq.ParquetFile(file)
-    except pa.ArrowException as error:
+        if "vector" not in parquet.schema_arrow.names:
+            raise UserError(f"vectors: {file} has no column 'vector'; it has {', '.join(parquet.schema_arrow.names)}")
+        for batch in parquet.iter_batches(columns=["vector"]):
+            if batch.num_rows:
+                yield _rows_of(batch.column(0), file)
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"vectors: {file} cannot be read: {error}") from None
-    if "vector" not in parquet.schema_arrow.names:
-        raise UserError(f"vectors: {file} has no column 'vector'; it has {', '.join(parquet.schema_arrow.names)}")
-    for batch in parquet.iter_batches(columns=["vector"]):
-        if batch.num_rows:
-            yield batch.column(0).flatten().to_numpy(zero_copy_only=False).reshape(batch.num_rows, -1)
+
+
+def _rows_of(column: Any, file: Path) -> np.ndarray:
+    """A column of lists of numbers as [rows, dimension]. Raises UserError for anything else."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = column.type
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not lists or not (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)):
+        raise UserError(f"vectors: {file} has a column 'vector' of {kind}: give lists of numbers")
+    if column.null_count or column.flatten().null_count:
+        raise UserError(f"vectors: {file} has empty cells in its column 'vector'")
+    if len(lengths := pc.unique(pc.list_value_length(column))) > 1:
+        raise UserError(f"vectors: {file} has vectors of {lengths[0]} and of {lengths[1]} dimensions")
+    flat: np.ndarray = column.flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(len(column), -1) if len(flat) else np.zeros((len(column), 0), np.float32)
 
 
 def _around(centres: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -1,11 +1,11 @@
 """The column mapping: how one row of a table becomes a document."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_pipelines.sources import Row
+from data_pipelines.sources import Row, is_sound
 from workbench.conversations import ExchangeColumns, Form, SchemaError, looks_like, read_exchange
 from workbench.errors import UserError
 
@@ -52,6 +52,10 @@ class Columns:
 
     def row(self, record: Mapping[str, Any], place: str) -> Row:
         """The document that ``record`` holds; without one a row that says why."""
+        row = self._document(record, place)
+        return row if all(map(is_sound, row)) else Row(place, "", place, "undecodable row")
+
+    def _document(self, record: Mapping[str, Any], place: str) -> Row:
         title = _words(record.get(self.title)) or place
         source = _words(record.get(self.source)) or place
         key = ""
@@ -62,6 +66,8 @@ class Columns:
             key = str(given)
             if len(key.encode("utf-8", "replace")) > LONGEST_ID:
                 return Row(title, "", source, f"id is longer than {LONGEST_ID} bytes")
+            if "\0" in key:
+                return Row(title, "", source, "id has a NUL character")
         if self.form != "text":
             return self._exchange(record, title, source, key)
         text = record.get(self.text)
@@ -78,6 +84,31 @@ class Columns:
         text = "\n\n".join(message.content for message in messages)
         parts = json.dumps([[message.role, message.content] for message in messages], ensure_ascii=False)
         return Row(title, text, source, "", key, parts)
+
+
+def readable(
+    read: Callable[[int, int], Sequence[dict[str, Any]]], first: int, end: int
+) -> Iterator[dict[str, Any] | str]:
+    """The records ``first`` to ``end`` that ``read`` gives; in place of one with a cell that Python cannot hold (broken
+    text, a time out of range) the reason. What cannot be read at once is read in halves."""
+    try:
+        records: Sequence[dict[str, Any] | str] = read(first, end)
+    except (ValueError, OverflowError) as error:
+        if end - first > 1:
+            middle = (first + end) // 2
+            yield from readable(read, first, middle)
+            yield from readable(read, middle, end)
+            return
+        records = [_unreadable(error)]
+    yield from records
+
+
+def _unreadable(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return "undecodable row"
+    if isinstance(error, OverflowError):
+        return "a number or time out of range"
+    return f"unreadable row ({type(error).__name__})"
 
 
 def _words(value: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from data_pipelines.audited import open_audit
+from data_pipelines.audited import open_audit, phone_region_of
 from data_pipelines.measure import content_key
 from data_pipelines.statistics import snippet
 from workbench.config import Config, InputPath
@@ -89,11 +89,12 @@ def _rows(sides: dict[str, Any], changes: dict[str, str]) -> list[dict[str, str]
 
     rows = []
     for side, kinds in (("before", ("removed",)), ("after", ("added", "changed"))):
+        region = phone_region_of(sides[side].schema)
         for batch in sides[side].to_batches(columns=["id", "title", "source", "split", "text"]):
             names = batch["id"].to_pylist()
             places = [place for place, name in enumerate(names) if changes.get(name) in kinds]
             for row in batch.take(pa.array(places, pa.int64())).to_pylist():
-                rows.append({**row, "change": changes[row["id"]], "text": snippet(row["text"])})
+                rows.append({**row, "change": changes[row["id"]], "text": snippet(row["text"], region)})
     return sorted(rows, key=lambda row: (row["change"], row["id"]))
 
 

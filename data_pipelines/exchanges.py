@@ -7,7 +7,8 @@ a text on suicide prevention is found as well as one that is no help.
 import re
 from collections.abc import Sequence
 
-from data_pipelines.duplicates import normal_hash, words_of
+from data_pipelines.duplicates import normal_hash
+from data_pipelines.words import words_of
 
 LABEL_CHARACTERS = 40
 """An answer up to this long may be a label, and is counted as one."""

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
 
-from data_pipelines.audited import open_audit
-from data_pipelines.pii import KINDS, redact
+from data_pipelines.audited import open_audit, phone_region_of
+from data_pipelines.exchanges import keys_of
+from data_pipelines.pii import BETWEEN_PARTS, KINDS, redact, redact_parts
 from data_pipelines.rules import Rule
 from workbench.config import Config, InputPath
 from workbench.data_version import version_of
@@ -36,7 +37,6 @@ class FilterConfig(Config):
     )
     splits: list[str] = Field(default=[], description="only these splits; empty: all")
     redact: list[str] = Field(default=[], description=f"blot these out of the texts: {', '.join(KINDS)}")
-    phone_region: str = Field(default="", description="as in the audit, for phone numbers without a +")
 
     @field_validator("remove")
     @classmethod
@@ -166,21 +166,27 @@ def _redacted(config: FilterConfig, table: "pa.Table", count: Counter[str]) -> "
     table = table.set_column(table.column_names.index("keep"), "keep", pa.array([True] * table.num_rows))
     if not config.redact:
         return table
-    found = np.sum([table[f"{kind}s"].to_numpy() for kind in config.redact], axis=0)
+    region = phone_region_of(table.schema)
+    left = {kind: table[f"{kind}s"].to_numpy().copy() for kind in config.redact}
     texts, conversations = table["text"].to_pylist(), table["conversation"].to_pylist()
-    for place in np.flatnonzero(found).tolist():
-        texts[place], _ = redact(texts[place], config.redact, config.phone_region)
-        if conversations[place]:
-            turns = [[r, redact(c, config.redact, config.phone_region)[0]] for r, c in json.loads(conversations[place])]
-            conversations[place] = json.dumps(turns, ensure_ascii=False)
-    for kind in config.redact:
-        column = f"{kind}s"
-        count[kind] += int(table[column].to_numpy().sum())
-        table = table.set_column(table.column_names.index(column), column, pa.array([0] * len(texts), pa.int32()))
-    lengths = pa.array([len(text) for text in texts], pa.int32())
-    columns: dict[str, Any] = {"text": texts, "conversation": conversations, "characters": lengths}
+    columns: dict[str, Any] = {"text": texts, "conversation": conversations}
     for name in {"title", "label"} & set(table.column_names):  # a title is no document: nothing is counted there
-        columns[name] = [redact(own, config.redact, config.phone_region)[0] for own in table[name].to_pylist()]
+        columns[name] = [redact(own, config.redact, region)[0] for own in table[name].to_pylist()]
+    for place in np.flatnonzero(np.sum(list(left.values()), axis=0)).tolist():
+        turns = json.loads(conversations[place]) if conversations[place] else []
+        parts = [content for _, content in turns] or [texts[place]]
+        parts, found = redact_parts(parts, config.redact, region)
+        texts[place] = BETWEEN_PARTS.join(parts)
+        if turns:
+            turns = [[role, part] for (role, _), part in zip(turns, parts, strict=True)]
+            conversations[place] = json.dumps(turns, ensure_ascii=False)
+            if "label" in columns:
+                columns["label"][place] = keys_of(turns)[2]
+        for kind, number in found.items():
+            count[kind] += number
+            left[kind][place] -= min(number, left[kind][place])
+    columns["characters"] = pa.array([len(text) for text in texts], pa.int32())
+    columns |= {f"{kind}s": pa.array(numbers, pa.int32()) for kind, numbers in left.items()}
     for name, values in columns.items():
         table = table.set_column(table.column_names.index(name), name, pa.array(values))
     return table

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.columns import Columns
+from data_pipelines.columns import Columns, readable
 from data_pipelines.sources import Row
 from workbench.errors import UserError
 
@@ -28,7 +28,7 @@ class HubRows:
     columns: Columns
 
     def rows(self) -> Iterator[Row]:
-        """Its documents, in the order of the data set."""
+        """Its documents, in the order of the data set; what cannot be read is a row with a reason."""
         import pyarrow as pa
 
         line = self.first
@@ -36,12 +36,19 @@ class HubRows:
             dataset = load(self.name, self.subset, self.split)
             wanted = [name for name in self.columns.wanted() if name in dataset.column_names]
             chosen = dataset.select_columns(wanted)
+
+            def read(first: int, end: int) -> list[dict[str, Any]]:
+                batch = chosen[first:end]
+                return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+
             for start in range(self.first, self.end, ROWS_AT_ONCE):
-                batch = chosen[start : min(start + ROWS_AT_ONCE, self.end)]
-                for values in zip(*batch.values(), strict=True):
-                    record = dict(zip(batch, values, strict=True))
+                for record in readable(read, start, min(start + ROWS_AT_ONCE, self.end)):
                     line += 1
-                    yield self.columns.row(record, f"{self.name}/{self.split}:{line}")
+                    place = f"{self.name}/{self.split}:{line}"
+                    if isinstance(record, str):
+                        yield Row(self.name, "", place, record)
+                    else:
+                        yield self.columns.row(record, place)
         except (OSError, ValueError, pa.ArrowException) as error:
             place = f"{self.name}/{self.split}:{line + 1}"
             yield Row(self.name, "", place, f"unreadable rows ({type(error).__name__})")

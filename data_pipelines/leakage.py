@@ -11,13 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipelines.duplicates import WORD, jaccard, shingles, words_of
+from data_pipelines.duplicates import jaccard, shingles
 from data_pipelines.index import Index
+from data_pipelines.words import word_places, words_of
 
 MOST_RUNS = 64
 MOST_TEXTS = 8
 """Of each evaluation text so many runs, and of each run so many training texts, are compared to show the best match."""
 MOST_CANDIDATES = 50
+"""Of each evaluation text so many training texts are compared with it for a near duplicate, the likeliest ones."""
 CONTEXT = 60
 
 
@@ -102,20 +104,22 @@ def _equal(index: Index, evaluation: np.ndarray, training: np.ndarray) -> list[t
 
 
 def _same_bucket(index: Index, evaluation: np.ndarray, training: np.ndarray) -> list[tuple[int, int]]:
-    """Candidate pairs: those that share a bucket, at most ``MOST_CANDIDATES`` of each evaluation document."""
-    pairs: dict[int, set[int]] = {}
+    """Candidate pairs: for each evaluation document the ``MOST_CANDIDATES`` that share most buckets with it."""
+    shared: dict[int, list[np.ndarray]] = {}
     for band in range(index.bands.shape[1]):
-        buckets: dict[int, list[int]] = {}
-        for own, key in zip(evaluation.tolist(), index.bands[evaluation, band].tolist(), strict=True):
-            buckets.setdefault(key, []).append(own)
-        keys = index.bands[training, band]
-        hits = np.isin(keys, np.array(list(buckets), dtype=np.uint64))
-        for other, key in zip(training[hits].tolist(), keys[hits].tolist(), strict=True):
-            for own in buckets[key]:
-                found = pairs.setdefault(own, set())
-                if len(found) < MOST_CANDIDATES:
-                    found.add(other)
-    return [(own, other) for own, others in pairs.items() for other in others]
+        own, keys = index.bands[evaluation, band], index.bands[training, band]
+        hits = np.isin(keys, own)
+        order = np.argsort(keys[hits], kind="stable")
+        keys, others = keys[hits][order], training[hits][order]
+        firsts, ends = np.searchsorted(keys, own, side="left"), np.searchsorted(keys, own, side="right")
+        for place in np.flatnonzero(ends > firsts).tolist():
+            shared.setdefault(int(evaluation[place]), []).append(others[firsts[place] : ends[place]])
+    pairs = []
+    for document, found in shared.items():
+        others, buckets = np.unique(np.concatenate(found), return_counts=True)
+        best = np.argsort(-buckets, kind="stable")[:MOST_CANDIDATES]
+        pairs += [(document, other) for other in others[best].tolist()]
+    return pairs
 
 
 def _similarity(texts: dict[int, str], pair: tuple[int, int]) -> float:
@@ -155,7 +159,7 @@ class Span:
 
 def longest_shared(evaluation: str, training: str) -> Span:
     """The longest run of words in both texts; (before, run, after) of each."""
-    ours, theirs = list(WORD.finditer(evaluation)), list(WORD.finditer(training))
+    ours, theirs = list(word_places(evaluation)), list(word_places(training))
     own, other = [m.group().lower() for m in ours], [m.group().lower() for m in theirs]
     places: dict[str, list[int]] = {}
     for place, word in enumerate(other):

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_pipelines.duplicates import band_keys, normal_hash, words_of
+from data_pipelines.duplicates import band_keys, normal_hash
 from data_pipelines.exchanges import flags_of, keys_of, lengths_of
 from data_pipelines.language import languages
 from data_pipelines.ngrams import Words
 from data_pipelines.pii import KINDS, counts
 from data_pipelines.quality import quality
 from data_pipelines.tokens import token_counts
+from data_pipelines.words import words_of
 
 if TYPE_CHECKING:
     import pyarrow as pa

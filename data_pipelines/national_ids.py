@@ -17,7 +17,7 @@ CUE_CHARACTERS = 40
 @dataclass(frozen=True)
 class Scheme:
     """One kind of number: how it is written, the module of python-stdnum that checks it (empty: its form is all there
-    is), and the words of which one must stand before it (empty: none)."""
+    is), and the words, whole ones, of which one must stand before it (empty: none)."""
 
     name: str
     form: str
@@ -38,10 +38,10 @@ SCHEMES = (
     Scheme("BE national", r"\d\d\.\d\d\.\d\d-\d{3}\.\d\d", "be.nn"),
     Scheme("KR registration", r"\d{6}-\d{7}", "kr.rrn"),
     Scheme("CN identity", r"\d{17}[\dX]", "cn.ric"),
-    Scheme("IN Aadhaar", r"[2-9]\d{3}[ -]?\d{4}[ -]?\d{4}", "in_.aadhaar", "aadhaar|uidai|uid"),
-    Scheme("PL PESEL", r"\d{11}", "pl.pesel", "pesel"),
-    Scheme("DE tax", r"\d{2} ?\d{3} ?\d{3} ?\d{3}", "de.idnr", "steuer|idnr|id-nr|tin|tax"),
-    Scheme("NL citizen", r"\d{9}", "nl.bsn", "bsn|burgerservice|sofi"),
+    Scheme("IN Aadhaar", r"[2-9]\d{3}[ -]?\d{4}[ -]?\d{4}", "in_.aadhaar", r"aadhaar\w*|uidai|uid"),
+    Scheme("PL PESEL", r"\d{11}", "pl.pesel", r"pesel\w*"),
+    Scheme("DE tax", r"\d{2} ?\d{3} ?\d{3} ?\d{3}", "de.idnr", r"\w*steuer\w*|id-?nr|tins?|tax(?:es|payers?)?"),
+    Scheme("NL citizen", r"\d{9}", "nl.bsn", r"bsn|burgerservice\w*|sofi(?:nummer)?"),
 )
 
 LIKELY = re.compile(r"\d(?:[A-Z .+-]?\d){5}")
@@ -72,9 +72,15 @@ def _form(place: int) -> re.Pattern[str]:
 
 
 def _is_right(scheme: Scheme, text: str, start: int, end: int) -> bool:
-    if scheme.cues and not re.search(scheme.cues, text[max(0, start - CUE_CHARACTERS) : start], re.IGNORECASE):
+    if scheme.cues and not _cue(scheme.cues).search(text, max(0, start - CUE_CHARACTERS), start):
         return False
     return not scheme.module or _check(scheme.module)(text[start:end])
+
+
+@functools.cache
+def _cue(words: str) -> re.Pattern[str]:
+    """Whole words only: there is a tin in every setting."""
+    return re.compile(rf"(?<![^\W_])(?:{words})(?![^\W_])", re.IGNORECASE)
 
 
 @functools.cache

@@ -42,8 +42,11 @@ def html_text(content: bytes) -> tuple[str, str]:
 
 
 def _decode(content: bytes) -> str:
+    """The text, in the encoding of its byte order mark or else the declared one (HTML Standard, 13.2.3)."""
     declared = CHARSET.search(content[:2048])
     encoding = declared[1].decode("ascii", "replace") if declared else "utf-8"
+    if encoding.lower().startswith(("utf-16", "utf-32")):
+        encoding = "utf-8"  # a declaration that can be read as ASCII is not in these
     if content.startswith(codecs.BOM_UTF8):
         encoding = "utf-8-sig"
     elif content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -52,7 +55,7 @@ def _decode(content: bytes) -> str:
         return content.decode(encoding)
     except LookupError:
         raise Unreadable("unknown encoding") from None
-    except UnicodeDecodeError:
+    except UnicodeError:  # some codecs raise it itself
         raise Unreadable("undecodable file") from None
 
 

@@ -6,24 +6,34 @@ not taken for people: IBAN by ISO 13616 (mod 97), cards by ISO/IEC 7812 (Luhn), 
 national ids by python-stdnum's.
 """
 
+import functools
 import ipaddress
 import re
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from data_pipelines.credentials import find_credentials
 from data_pipelines.national_ids import find_national_ids
+from data_pipelines.words import UNSPACED
 
 KINDS = ("email", "phone", "ipv4", "ipv6", "iban", "card", "national_id", "secret")
 """Where two findings overlap and are equally long, the later kind has it."""
+BETWEEN_PARTS = "\n\n"
+"""What stands between the turns of an exchange in its text."""
 
+SOME = rf"[^\W{UNSPACED}]"
+"""A letter, a digit or _; an address that stands within Chinese ends where that goes on."""
 EMAIL = re.compile(
-    r"(?<![\w.+-])[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.)+[A-Za-z]{2,24}(?![\w-])"
+    rf"(?<!{SOME})(?<![.+-])(?!_){SOME}+(?:[.%+'-]+{SOME}+)*[.%+-]*"
+    rf"@(?:(?!_){SOME}(?:[\w-]{{0,61}}{SOME})?\.)+[^\W\d_{UNSPACED}]{{2,24}}(?!{SOME}|-)"
 )
 IPV4 = re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)")
 IPV6 = re.compile(r"(?<![\w:.])[23][0-9A-Fa-f]{3}(?::[0-9A-Fa-f]{0,4}){2,7}(?![\w:])")
-IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?![A-Za-z0-9])")
-CARD = re.compile(r"(?<![\w.-])[3-6]\d{3}(?:[ -]?\d){8,15}(?![\w-]|\.\d)")
+IBAN = re.compile(r"(?<![A-Za-z0-9])(?:[A-Z]{2}|[a-z]{2})\d{2} ?[A-Za-z0-9]{4}")
+CARD = re.compile(r"(?<![\w.-])[2-6]\d{3}(?=(?:[ -]?\d){9})")
+"""How they begin: what follows may be a number of its own, so that the lengths that there are decide the end."""
+CARD_DIGITS = (19, 16, 15, 14, 13)
 PHONE = re.compile(r"\+\d[\d ().-]{6,}\d")
 DIGITS = re.compile(r"\d")
 
@@ -73,8 +83,8 @@ def find(text: str, phone_region: str = "") -> list[Finding]:
         findings += (Finding("ipv4", *m.span(), m.group()) for m in IPV4.finditer(text) if is_public_ipv4(m.group()))
         if ":" in text:
             findings += (Finding("ipv6", *m.span(), m.group()) for m in IPV6.finditer(text) if is_public(m.group()))
-        findings += (Finding("iban", *m.span(), m.group()) for m in IBAN.finditer(text) if is_iban(m.group()))
-        findings += (Finding("card", *m.span(), m.group()) for m in CARD.finditer(text) if is_card(m.group()))
+        findings += (Finding("iban", start, end, text[start:end]) for start, end in _ibans(text))
+        findings += (Finding("card", start, end, text[start:end]) for start, end in _cards(text))
         found = find_national_ids(text)
         findings += (Finding("national_id", start, end, text[start:end], what) for what, start, end in found)
         if phone_region or PHONE.search(text):
@@ -99,10 +109,60 @@ def counts(text: str, phone_region: str = "") -> list[int]:
 
 def redact(text: str, kinds: Collection[str], phone_region: str = "") -> tuple[str, int]:
     """(``text`` with every finding of ``kinds`` replaced by its kind in brackets, how many there were)."""
-    wanted = [finding for finding in find(text, phone_region) if finding.kind in kinds]
-    for finding in reversed(wanted):
-        text = f"{text[: finding.start]}[{finding.kind}]{text[finding.end :]}"
-    return text, len(wanted)
+    [clean], found = redact_parts([text], kinds, phone_region)
+    return clean, found.total()
+
+
+def redact_parts(
+    parts: Sequence[str], kinds: Collection[str], phone_region: str = ""
+) -> tuple[list[str], Counter[str]]:
+    """(the parts of a text, such as the turns of an exchange, with what is found in the whole of them replaced in each
+    that holds some of it, how many findings of each kind there were).
+
+    A turn alone would not do: the word that says what a number is may stand in the turn before.
+    """
+    wanted = [finding for finding in find(BETWEEN_PARTS.join(parts), phone_region) if finding.kind in kinds]
+    clean = []
+    start = 0
+    for part in parts:
+        redacted = part
+        for finding in reversed(wanted):
+            first, end = max(finding.start - start, 0), min(finding.end - start, len(part))
+            if first < end:
+                redacted = f"{redacted[:first]}[{finding.kind}]{redacted[end:]}"
+        clean.append(redacted)
+        start += len(part) + len(BETWEEN_PARTS)
+    return clean, Counter(finding.kind for finding in wanted)
+
+
+def _ibans(text: str) -> Iterator[tuple[int, int]]:
+    for begin in IBAN.finditer(text):
+        length = IBAN_LENGTHS.get(begin[0][:2].upper(), 0)
+        own = _iban_form(length).match(text, begin.start()) if length else None
+        if own and is_iban(own[0]):
+            yield own.span()
+
+
+@functools.cache
+def _iban_form(length: int) -> re.Pattern[str]:
+    groups, rest = divmod(length - 4, 4)
+    tail = f" ?[A-Za-z0-9]{{{rest}}}" if rest else ""
+    return re.compile(rf"[A-Za-z]{{2}}\d\d(?: ?[A-Za-z0-9]{{4}}){{{groups}}}{tail}(?![A-Za-z0-9])")
+
+
+def _cards(text: str) -> Iterator[tuple[int, int]]:
+    for begin in CARD.finditer(text):
+        for digits in CARD_DIGITS:
+            own = _card_form(digits).match(text, begin.start())
+            if own and is_card(own[0]):
+                yield own.span()
+                break
+
+
+@functools.cache
+def _card_form(digits: int) -> re.Pattern[str]:
+    """So many digits; where they are in groups another group of four after them makes a table of numbers."""
+    return re.compile(rf"(?:\d{{{digits}}}|\d(?:[ -]?\d){{{digits - 1}}}(?![ -]\d{{4}}))(?![\w-]|\.\d)")
 
 
 def _phones(text: str, region: str) -> Iterator[Finding]:
@@ -131,8 +191,10 @@ def is_public(text: str) -> bool:
 
 
 def is_iban(text: str) -> bool:
-    """Right length for its country and checksum 1 modulo 97 (ISO 13616)."""
-    compact = text.replace(" ", "")
+    """Right length for its country and checksum 1 modulo 97 (ISO 13616); all in capitals or none."""
+    compact = text.replace(" ", "").upper()
+    if text != text.upper() and text != text.lower():
+        return False
     if IBAN_LENGTHS.get(compact[:2]) != len(compact):
         return False
     return int("".join(str(int(c, 36)) for c in compact[4:] + compact[:4])) % 97 == 1

@@ -83,29 +83,34 @@ def _check_form(node: ast.expr, condition: str) -> None:
         left, right = node.left, node.comparators[0]
         within = isinstance(node.ops[0], ast.In | ast.NotIn)
         if within and not isinstance(left, ast.Name) and isinstance(right, ast.Name):
-            _value(left, condition)  # a text within a finding
+            if not isinstance(_value(left, condition), str):
+                raise ValueError(f"'{condition}': what is sought in a finding is a text, in quotes")
         elif not isinstance(left, ast.Name):
             raise ValueError(f"'{condition}': write the finding first, for example words < 12")
         elif within != isinstance(right, ast.List | ast.Tuple):
             raise ValueError(f"'{condition}': write a list after 'in', and one value after the others")
         else:
-            _value(right, condition)
+            for value in right.elts if isinstance(right, ast.List | ast.Tuple) else [right]:
+                _value(value, condition)
             if not within and type(node.ops[0]) not in COMPARE:
                 raise ValueError(f"'{condition}': compare by < <= > >= == != in, not in")
     elif not isinstance(node, ast.Name):
         raise ValueError(f"'{condition}' is no condition: write for example words < 12")
 
 
-def _value(node: ast.expr, condition: str) -> Any:
-    """A constant, a list of them, or a word without quotes."""
-    if isinstance(node, ast.List | ast.Tuple):
-        return [_value(each, condition) for each in node.elts]
+def _value(node: ast.expr, condition: str) -> str | bool | int | float:
+    """A constant, or a word without quotes."""
     if isinstance(node, ast.Name):
         return node.id
     try:
-        return ast.literal_eval(node)
-    except ValueError:
-        raise ValueError(f"'{condition}': '{ast.unparse(node)}' is no number, text or list") from None
+        value = ast.literal_eval(node)
+    except (ValueError, TypeError):
+        value = None
+    if not isinstance(value, str | int | float):  # a truth value is an int
+        raise ValueError(f"'{condition}': '{ast.unparse(node)}' is neither number nor text")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"'{condition}': {value} is larger than any finding")
+    return value
 
 
 def _columns(node: ast.expr) -> list[str]:
@@ -141,11 +146,12 @@ def _compare(node: ast.Compare, values: Any) -> Any:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    operation = node.ops[0]
+    operation, right = node.ops[0], node.comparators[0]
     if not isinstance(operation, ast.In | ast.NotIn):
-        return getattr(pc, COMPARE[type(operation)])(values, pa.scalar(_value(node.comparators[0], "")))
-    if isinstance(node.left, ast.Name):
-        found = pc.is_in(values, pa.array(_value(node.comparators[0], ""), values.type))
+        return getattr(pc, COMPARE[type(operation)])(values, pa.scalar(_value(right, "")))
+    if isinstance(right, ast.List | ast.Tuple):
+        listed = [_value(each, "") for each in right.elts]
+        found = pc.is_in(values, pa.array(listed) if listed else pa.array([], values.type))
     else:
         found = pc.match_substring(values, str(_value(node.left, "")))
     return pc.invert(found) if isinstance(operation, ast.NotIn) else found

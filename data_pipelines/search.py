@@ -19,6 +19,7 @@ from data_pipelines.lite import is_lite_folder
 from data_pipelines.store import MilvusUri, is_server, milvus_uri
 from workbench.config import Config, environment
 from workbench.errors import UserError
+from workbench.files import read_record
 from workbench.runs import Run, Summary
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class SearchConfig(Config):
         default=0, ge=0, description="candidates the index looks at: HNSW's ef (100), IVF's nprobe (16)"
     )
     reranker: str = Field(default="", description="a cross-encoder (name or folder) that orders the best candidates")
-    candidates: int = Field(default=50, ge=1, le=1000, description="how many the reranker reads")
+    candidates: int = Field(default=50, ge=1, le=1000, description="how many the reranker reads, at least 'limit'")
     model: str = Field(default="", description="where the collection's model lies now; empty: where it lay")
 
 
@@ -77,7 +78,7 @@ def run(config: SearchConfig, run: Run) -> Summary:
         reranker = Reranker(config.reranker) if config.reranker else None
         began = time.perf_counter()
         hits = searcher.search(
-            config.query, config.candidates if reranker else config.limit, mode=config.mode, where=config.where,
+            config.query, max(config.limit, config.candidates if reranker else 0), mode=config.mode, where=config.where,
             effort=config.effort, per_document=config.per_document,
         )  # fmt: skip
         if (note := searcher.too_slow(1000 * (time.perf_counter() - began), config.mode)) is not None:
@@ -85,7 +86,7 @@ def run(config: SearchConfig, run: Run) -> Summary:
     if reranker is not None:
         hits = reranker.order(config.query, hits)[: config.limit]
     rows = [
-        {"score": round(hit.score, 3), "title": hit.title, "source": hit.source, "id": hit.id,
+        {"score": float(f"{hit.score:.6g}"), "title": hit.title, "source": hit.source, "id": hit.id,
          "text": highlight(hit.text, config.query)}
         for hit in hits
     ]  # fmt: skip
@@ -135,8 +136,13 @@ class Searcher:
     ) -> list[Hit]:
         """The ``limit`` nearest passages, best first; of each document only the best where ``per_document``.
 
-        Raises UserError for a filter that Milvus does not take, and for words sought where none are indexed.
+        Raises UserError for a filter that Milvus does not take, for words sought where none are indexed, and for a
+        query that is no text.
         """
+        try:
+            query.encode()
+        except UnicodeEncodeError:
+            raise UserError("query: these bytes are no text in UTF-8") from None
         if mode != "dense" and not self._collection.keywords:
             raise UserError(
                 f"mode: '{self._name}' in {self._uri} has no index of words; embed it with keywords=true into Milvus "
@@ -197,14 +203,27 @@ class Searcher:
 
 
 class Reranker:
-    """A cross-encoder, which reads query and passage together (Nogueira, Cho 2019)."""
+    """A cross-encoder, which reads query and passage together (Nogueira, Cho 2019).
+
+    Raises UserError for a model that gives no one score for the two: a head that is not in its files would be made
+    up, and order at random.
+    """
 
     def __init__(self, name: str) -> None:
         from sentence_transformers import CrossEncoder
 
         from data_pipelines.encoder import locate_model
 
-        self._model = CrossEncoder(locate_model(name), local_files_only=True)
+        folder = locate_model(name)
+        kinds = (read_record(Path(folder) / "config.json") or {}).get("architectures") or ["a model that does not say"]
+        if not any(kind.endswith(SCORING) for kind in kinds):
+            raise UserError(
+                f"reranker: {name} is no cross-encoder but {', '.join(kinds)}: name one, such as "
+                "cross-encoder/ms-marco-MiniLM-L6-v2"
+            )
+        self._model = CrossEncoder(folder, local_files_only=True)
+        if (scores := self._model.num_labels) != 1:
+            raise UserError(f"reranker: {name} gives {scores} scores for a query and a passage, not one")
 
     def order(self, query: str, hits: list[Hit]) -> list[Hit]:
         """``hits`` by the model's score, best first."""
@@ -215,6 +234,8 @@ class Reranker:
         return sorted(scored, key=lambda hit: -hit.score)
 
 
+SCORING = ("ForSequenceClassification", "ForCausalLM")
+"""Models whose own head scores a text: a classifier's, or a language model's answer yes or no."""
 MOST = 1000
 """As many rows as one search asks for at most."""
 

@@ -94,23 +94,30 @@ def select(
     """The documents to have: those with ``keep``, a text of enough words and a matching source; of these the ``limit``
     smallest ids. ``recipe`` says how texts become rows.
 
-    Raises UserError if nothing is left, or for an id that is given twice or is too long for Milvus.
+    Raises UserError if nothing is left, for broken text, or for an id that is given twice or is too long for Milvus.
     """
     import pyarrow as pa
 
     names = set(dataset.schema.names)
     columns = ["id", "text", *(name for name in ("title", "source") if name in names), *metadata]
     counted = pa.types.is_integer(dataset.schema.field("words").type) if "words" in names else False
-    wanted = {"source", "keep", *(["words"] if counted else [])}
-    read = [*columns, *sorted(wanted & names - set(columns))]
+    asked = ["id", "text", *(name for name in ("source", "keep") if name in names), *(["words"] if counted else [])]
     patterns = re.compile("|".join(fnmatch.translate(pattern) for pattern in sources))
     chosen: dict[str, int] = {}
     sample: list[str] = []
     characters = empty = 0
     version = Version()
-    for batch in dataset.to_batches(columns=read):
-        version.add(batch["id"].to_pylist(), batch["text"].to_pylist())
-        for row, content in zip(batch.to_pylist(), contents(batch.select(columns), metadata, recipe), strict=True):
+    for batch in dataset.to_batches(columns=list(dict.fromkeys([*columns, *asked]))):
+        try:
+            rows = batch.select(asked).to_pylist()
+            numbers = contents(batch, metadata, recipe)
+        except UnicodeDecodeError:
+            raise UserError(
+                "documents: there is text that is not UTF-8; let 'data audit' read them, it sets such rows aside and "
+                "says which"
+            ) from None
+        version.add([row["id"] for row in rows], [row["text"] for row in rows])
+        for row, content in zip(rows, numbers, strict=True):
             words = row["words"] if counted else len((row["text"] or "").split())
             if not row.get("keep", True) or words < min_words or not patterns.match(str(row.get("source") or "")):
                 continue

@@ -54,7 +54,7 @@ class MilvusDatasink(Datasink[int]):
             else:
                 written += _store(self._uri, self._token, self._patience).upsert(collection, table)
             if self._progress is not None:
-                self._progress.add.remote(documents=documents_ended(table))
+                ray.get(self._progress.add.remote(documents=documents_ended(table)))  # the last one, too, is counted
         return written
 
 

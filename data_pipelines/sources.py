@@ -35,8 +35,12 @@ class Row(NamedTuple):
 
 
 def is_sound(text: str) -> bool:
-    """Whether no byte of ``text`` was undecodable and kept by ``surrogateescape``."""
-    return text.isascii() or not any("\udc80" <= character <= "\udcff" for character in text)
+    """Whether ``text`` can be encoded: no lone surrogate is in it, as escaped in JSON or for an undecodable byte."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 COLUMNS = (*Row._fields, "split")
@@ -123,7 +127,7 @@ def _table(rows: list[Row], split: str) -> "pa.Table":
     import pyarrow as pa
 
     columns = list(zip(*rows, strict=True)) if rows else [()] * len(Row._fields)
-    # A lone surrogate is legal in Python and in no encoding: it is replaced, so that the row can be written.
+    # A lone surrogate is legal in a docstring and in no encoding: it is replaced, so that the row can be written.
     arrays = [pa.array([value.encode("utf-8", "replace").decode() for value in c], pa.string()) for c in columns]
     return pa.table([*arrays, pa.array([split] * len(rows), pa.string())], names=list(COLUMNS))
 

@@ -31,9 +31,9 @@ def group_of(source: str) -> str:
     return source.split(" ", 1)[0].rsplit(":", 1)[0]
 
 
-def snippet(text: str, characters: int = 120) -> str:
-    """The start of a text on one line, fit for a report: without personal data."""
-    line = " ".join(redact(text[: 4 * characters], KINDS)[0].split())
+def snippet(text: str, phone_region: str = "", characters: int = 120) -> str:
+    """The start of a text on one line, fit for a report: without personal data, as ``pii.find`` finds it."""
+    line = " ".join(redact(text[: 4 * characters], KINDS, phone_region)[0].split())
     return line if len(line) <= characters else line[: characters - 1] + "…"
 
 
@@ -110,7 +110,7 @@ class Statistics:
         self._personal(table)
         for row in _chosen(table, pc.is_in(table["id"], pa.array(list(clusters), pa.string()))):
             shown = {"copies": clusters[row["id"]], "title": row["title"]}
-            self.largest.append(shown | {"text": snippet(row["text"]), "source": row["source"]})
+            self.largest.append(shown | {"text": snippet(row["text"], self.phone_region), "source": row["source"]})
         self._outliers(table)
 
     def _split(self, table: pa.Table) -> None:
@@ -175,7 +175,7 @@ class Statistics:
             sign = -1 if name == "longest" else 1
             rows = getattr(self, name)
             for row in table.select(["id", "characters", "title", "source", "text"]).take(places).to_pylist():
-                rows.append(row | {"text": snippet(row["text"])})
+                rows.append(row | {"text": snippet(row["text"], self.phone_region)})
             rows.sort(key=lambda row: (sign * row["characters"], row["id"]))
             del rows[OUTLIERS:]
 

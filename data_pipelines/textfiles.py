@@ -9,13 +9,15 @@ import csv
 import io
 import itertools
 import json
+import os
+import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from data_pipelines.columns import Columns
+from data_pipelines.columns import Columns, readable
 from data_pipelines.parsers import Unreadable, html_text, pdf_text
 from data_pipelines.sources import Row, is_sound
 from workbench.errors import UserError
@@ -42,7 +44,7 @@ class TextFile:
     """One file of documents, or a part of it; ``name`` is its path below the given folder, ``size`` is in bytes.
 
     ``part`` is (first, end) of the row groups of Parquet, of the bytes of JSON Lines, None for the whole file; ``line``
-    is how many rows or lines stand before it.
+    is how many rows or lines stand before it. With a ``reason`` it is known not to be readable.
     """
 
     filesystem: "fs.FileSystem"
@@ -52,11 +54,15 @@ class TextFile:
     columns: Columns
     part: tuple[int, int] | None = None
     line: int = 0
+    reason: str = ""
 
     def rows(self) -> Iterator[Row]:
         """Its documents; what cannot be read is a row with a reason."""
         import pyarrow as pa
 
+        if self.reason:
+            yield self._bad(self.reason)
+            return
         read = READERS.get(kind_of(self.name), TextFile._text)
         try:
             yield from read(self)
@@ -84,31 +90,14 @@ class TextFile:
             present = set(file.schema_arrow.names)
             columns = [name for name in self.columns.wanted() if name in present]
             for group in range(*(self.part or (0, file.num_row_groups))):
-                first = line
-                try:
-                    for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=columns):
-                        records = batch.to_pylist()
-                        for record in records:
-                            line += 1
+                for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=columns):
+                    read = lambda start, end, batch=batch: batch.slice(start, end - start).to_pylist()  # noqa: E731
+                    for record in readable(read, 0, batch.num_rows):
+                        line += 1
+                        if isinstance(record, str):
+                            yield self._bad(record, line)
+                        else:
                             yield self.columns.row(record, f"{self.name}:{line}")
-                except (UnicodeDecodeError, OverflowError):  # broken text, and times that Python has no type for
-                    rows = file.metadata.row_group(group).num_rows
-                    yield from self._cell_by_cell(file, group, columns, first, line)
-                    line = first + rows
-
-    def _cell_by_cell(self, file: Any, group: int, columns: list[str], first: int, done: int) -> Iterator[Row]:
-        """The rows of a row group that has broken cells in it, from ``done`` on; only the broken rows are lost."""
-        line = first
-        for batch in file.iter_batches(batch_size=1, row_groups=[group], columns=columns):
-            line += 1
-            if line <= done:
-                continue
-            try:
-                yield self.columns.row(batch.to_pylist()[0], f"{self.name}:{line}")
-            except UnicodeDecodeError:
-                yield self._bad("undecodable row", line)
-            except OverflowError:
-                yield self._bad("a number or time out of range", line)
 
     def _json_lines(self) -> Iterator[Row]:
         with self._stream() as stream:
@@ -154,14 +143,8 @@ class TextFile:
         csv.field_size_limit(LONGEST_LINE)
         with io.TextIOWrapper(self._stream(), encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
             for line, record in csv_records(lines, "\t" if kind_of(self.name) == ".tsv" else ","):
-                if record is None:
-                    yield self._bad("not a row of CSV", line)
-                elif None in record:
-                    yield self._bad("more fields than columns", line)
-                elif any(value is None for value in record.values()):
-                    yield self._bad("fewer fields than columns", line)
-                elif not all(map(is_sound, record.values())):
-                    yield self._bad("undecodable row", line)
+                if isinstance(record, str):
+                    yield self._bad(record, line)
                 else:
                     yield self.columns.row(record, f"{self.name}:{line}")
 
@@ -198,26 +181,31 @@ READERS: dict[str, Callable[[TextFile], Iterator[Row]]] = {
 }
 
 
-def csv_records(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, dict[Any, Any] | None]]:
-    """(number of its last line, the record) of each row of CSV; None for what is no row.
+def csv_records(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, dict[str, str] | str]]:
+    """(number of its last line, the record) of each row of CSV; the reason in place of what is no record.
 
     A quote that is never closed would take all that follows into its field: only its own line is given up.
     """
     again = _Lines(lines)
     header = next(csv.reader(again, delimiter=delimiter), [])
-    reader = csv.DictReader(again, header, delimiter=delimiter, strict=True)
+    reader = csv.reader(again, delimiter=delimiter, strict=True)
     while True:
         again.begin()
         try:
-            record = next(reader, None)
+            fields = next(reader, None)
         except csv.Error:
             again.put_back_all_but_the_first()
-            reader = csv.DictReader(again, header, delimiter=delimiter, strict=True)
-            yield again.number, None
+            reader = csv.reader(again, delimiter=delimiter, strict=True)
+            yield again.number, "not a row of CSV"
             continue
-        if record is None:
+        if fields is None:
             return
-        yield again.number, record
+        if len(fields) > len(header):
+            yield again.number, "more fields than columns"
+        elif len(fields) == len(header):
+            yield again.number, dict(zip(header, fields, strict=True))
+        elif fields:  # an empty line is no row
+            yield again.number, "fewer fields than columns"
 
 
 class _Lines:
@@ -273,26 +261,61 @@ def text_files(source: str | Path, columns: Columns) -> tuple[list[TextFile], tu
     info = filesystem.get_file_info(path)
     if info.type == fs.FileType.NotFound:
         raise UserError(f"source: no such file or folder: {source}")
-    alone = info.type == fs.FileType.File
-    found = [info] if alone else filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+    alone = info.type != fs.FileType.Directory
+    found = [(path, info.size or 0, "")] if info.type == fs.FileType.File else _files_below(filesystem, path)
     root = str(PurePosixPath(path).parent) if alone else path
     kinds = {*TABLES, *TEXTS, *PARSED} | ({".json"} if alone or columns.form != "text" else set())
     files, left_out = [], []
-    for each in found:
-        name = each.path[len(root) :].lstrip("/")
-        hidden = any(part.startswith(".") for part in name.split("/"))
-        if each.type != fs.FileType.File or (hidden and not alone):
-            continue
-        if kind_of(name) in kinds:
-            files.append(TextFile(filesystem, each.path, name, each.size or 0, columns))
+    for place, size, reason in found:
+        name = os.fsencode(place[len(root) :].lstrip("/")).decode("utf-8", "backslashreplace")
+        if reason or kind_of(name) in kinds:
+            files.append(TextFile(filesystem, place, name, size, columns, reason=reason))
         else:
             left_out.append(name)
     if not files:
         raise UserError(f"{source}: no documents here; expected files ending in {', '.join(sorted(kinds))}")
     files.sort(key=lambda file: file.name)
-    for file in [file for file in files if kind_of(file.name) in (*TABLES, ".json")][:CHECKED_FILES]:
+    tables = [file for file in files if kind_of(file.name) in (*TABLES, ".json") and not file.reason]
+    for file in tables[:CHECKED_FILES]:
         _check_columns(file, alone=len(files) == 1)
     return [part for file in files for part in parts_of(file)], tuple(sorted(left_out))
+
+
+def _files_below(filesystem: "fs.FileSystem", folder: str) -> Iterator[tuple[str, int, str]]:
+    """(path, bytes, why it cannot be read) of what is below ``folder``; hidden files and folders are passed over."""
+    import pyarrow.fs as fs
+
+    if isinstance(filesystem, fs.LocalFileSystem):
+        yield from _walk(Path(folder), frozenset())
+        return
+    for each in filesystem.get_file_info(fs.FileSelector(folder, recursive=True)):
+        hidden = any(part.startswith(".") for part in each.path[len(folder) :].split("/"))
+        if each.type == fs.FileType.File and not hidden:
+            yield each.path, each.size or 0, ""
+
+
+def _walk(folder: Path, above: frozenset[Path]) -> Iterator[tuple[str, int, str]]:
+    """The same on this machine. Links are followed, but not back into a folder ``above``; Arrow's own listing follows
+    them for ever, and knows no path that is not UTF-8."""
+    try:
+        found = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        yield str(folder), 0, f"unreadable folder ({type(error).__name__})"
+        return
+    above |= {folder.resolve()}
+    for path in found:
+        try:
+            facts = path.stat()
+        except OSError as error:  # a link to nowhere
+            yield str(path), 0, f"unreadable file ({type(error).__name__})"
+            continue
+        if stat.S_ISDIR(facts.st_mode):
+            if path.resolve() not in above:
+                yield from _walk(path, above)
+        elif not stat.S_ISREG(facts.st_mode):
+            yield str(path), 0, "a pipe, socket or device"
+        else:
+            yield str(path), facts.st_size, "" if is_sound(str(path)) else "the path is not UTF-8"
 
 
 def parts_of(file: TextFile) -> list[TextFile]:
@@ -300,7 +323,7 @@ def parts_of(file: TextFile) -> list[TextFile]:
     import pyarrow as pa
     import pyarrow.fs as fs
 
-    if file.size <= PART_BYTES:
+    if file.size <= PART_BYTES or file.reason:
         return [file]
     try:
         if kind_of(file.name) == ".parquet":

@@ -12,12 +12,13 @@ from types import FrameType
 
 from pydantic import Field
 
-from profiling.recorder import HERTZ, SAMPLES, ClusterRecording
+from profiling.cluster_recording import ClusterRecording
+from profiling.page import add_pages, sampling_cost_percent, summarize
+from profiling.recorder import HERTZ, SAMPLES
+from profiling.trace import read_recording
 from workbench.config import Config, OutputPath
 from workbench.errors import UserError
 from workbench.runs import Run, Summary
-
-LOOK_FOR_HOSTS_SECONDS = 5.0
 
 
 class RecordConfig(Config):
@@ -26,6 +27,7 @@ class RecordConfig(Config):
     hertz: float = Field(HERTZ, gt=0, le=50, description="samples a second on each host")
     seconds: float | None = Field(None, gt=0, description="stop after so long; without it, when told to")
     stop_file: OutputPath | None = Field(None, description="stop as soon as this file exists")
+    export: bool = Field(True, description="show the samples on Ray's metrics port, for Prometheus")
 
 
 def run(config: RecordConfig, run: Run) -> Summary:
@@ -33,7 +35,7 @@ def run(config: RecordConfig, run: Run) -> Summary:
     if config.stop_file is not None and config.stop_file.exists():
         raise UserError(f"the stop file {config.stop_file} is there already: remove it or name another")
     with _told_to_stop() as told:
-        samples = ClusterRecording(run.artifact(SAMPLES, "x").parent, config.hertz)
+        samples = ClusterRecording(run.artifact(SAMPLES, "x").parent, config.hertz, config.export)
         begun = time.monotonic()  # every host has its first sample
         try:
             run.say(f"recording {', '.join(samples.hosts)} at {config.hertz:g} Hz; Ctrl-C ends it")
@@ -45,27 +47,27 @@ def run(config: RecordConfig, run: Run) -> Summary:
         recorded = samples.folder
         run.say(f"stopped after {time.monotonic() - begun:.0f} s")
 
-    from profiling.timeline import add_timelines, read_samples, summarize
-
-    trace = read_samples(recorded)
+    recording = read_recording(recorded)
+    for trace in recording.hosts.values():
+        run.say(
+            f"{trace.host}: {trace.facts['achieved_hertz'] or 0:g} samples a second, "
+            f"{sampling_cost_percent(trace) or 0:.2f}% of a core"
+        )
     run.report.heading("Recording", "One timeline per host.")
-    add_timelines(run.report, trace, [])
-    return summarize(trace)
+    add_pages(run.report, recording)
+    return summarize(recording)
 
 
 def _wait(config: RecordConfig, samples: ClusterRecording, run: Run, begun: float, told: threading.Event) -> None:
-    known, looked = samples.hosts, time.monotonic()
+    known = samples.hosts
     while not told.wait(0.2):
         if config.seconds is not None and time.monotonic() - begun >= config.seconds:
             return
         if config.stop_file is not None and config.stop_file.exists():
             return
-        if time.monotonic() - looked >= LOOK_FOR_HOSTS_SECONDS:
-            samples.refresh()
-            if samples.hosts != known:
-                known = samples.hosts
-                run.say(f"recording {', '.join(known)}")
-            looked = time.monotonic()
+        if samples.hosts != known:
+            known = samples.hosts
+            run.say(f"recording {', '.join(known)}")
 
 
 @contextmanager

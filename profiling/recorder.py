@@ -4,27 +4,36 @@
         work()
     add_to_report(run)
 
-Each host writes ``RUN/artifacts/samples/<host>/part-<epoch ms>.parquet`` (columns time: epoch seconds, metric, device,
-value) and ``host.json``: its facts, the sensors it lacks, what sampling cost. A part is whole or absent and holds the
-samples of ``PART_SECONDS``, which is all that a killed host can lose.
+Each host writes ``RUN/artifacts/samples/<host>/part-<epoch ms>.parquet`` (columns time: epoch seconds on the host's
+steady axis, metric, device, value), ``marks.jsonl``, and ``host.json``: its facts, the sensors it lacks, what sampling
+cost. A part is whole or absent and holds the samples of ``PART_SECONDS``, which is all that a killed host can lose.
 """
 
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from profiling.samplers import HostSampler, NvidiaSampler, Reading, Sampler
+from profiling.apple import AppleSampler
+from profiling.clock import STEP_SECONDS, SteadyClock
+from profiling.listener import MarkListener, append_marks
+from profiling.nvidia import NvidiaSampler
+from profiling.ray_sampler import ObjectStoreSampler, RayProcessSampler
+from profiling.samplers import HostSampler, Reading, Sampler
+from workbench.cost import write_energy
 from workbench.errors import Failure
-from workbench.files import write_atomic, write_json
+from workbench.files import read_record, write_atomic, write_json
 from workbench.runs import Run
 
-HERTZ = 2.0
+HERTZ = 10.0
+SLOW_SECONDS = 1.0
 PART_SECONDS = 5.0
 FIRST_SAMPLE_SECONDS = 30.0
+MOST_HELD = 500_000
+"""Readings that wait for the storage: some ten minutes of a host with cards."""
 SAMPLES = "samples"
 
 
@@ -32,17 +41,26 @@ class HostRecorder:
     """Samples this host in a thread from its construction until ``stop``.
 
     ``folder`` is the recording's: it must exist, so that a host that does not see the shared storage is found at once
-    (raises Failure). ``own_process`` says that the process does nothing else and all its CPU time is sampling's cost.
+    (raises Failure). ``own_process`` says that it is a Ray actor, which does nothing else: all its CPU time is
+    sampling's cost, and Ray's own figures are sampled too. With ``export`` each reading is also a metric of Ray's.
     """
 
-    def __init__(self, folder: str, hertz: float = HERTZ, own_process: bool = False) -> None:
+    def __init__(self, folder: str, hertz: float = HERTZ, own_process: bool = False, export: bool = False) -> None:
         self.host = socket.gethostname()
         if not Path(folder).is_dir():
             raise Failure(f"host {self.host} does not see {folder}: the runs root must be storage that all hosts share")
         self.folder = Path(folder, self.host)
+        before = read_record(self.folder / "host.json") or {}  # of a sampler that was killed
+        self._clock = SteadyClock.start(before.get("clock"))
+        self._steps: list[dict[str, float]] = before.get("clock_steps", [])
+        self._step = self._clock.step() if before else 0.0
         self._period = 1 / hertz
         self._own_process = own_process
-        self._samplers: list[Sampler] = [HostSampler(), NvidiaSampler(pcie_period=max(0.5, self._period))]
+        self._samplers: list[Sampler] = [HostSampler(), NvidiaSampler(max(0.1, self._period)), AppleSampler()]
+        if own_process:
+            self._samplers += [RayProcessSampler(), ObjectStoreSampler()]
+        self._exporter = _exporter(self.host) if export else None
+        self._marks = MarkListener()
         self._buffer: list[tuple[float, Reading]] = []
         self._count = 0
         self._cpu_before = time.process_time()
@@ -53,47 +71,104 @@ class HostRecorder:
         self._thread.start()
 
     def _sample(self) -> None:
-        self._write()  # the host's facts are there before its first part
+        self._keep()  # the host's facts are there before its first part
         next_sample = part_begun = time.monotonic()
+        slow_at = next_sample
         while not self._stop.is_set():
-            now = time.time()
-            self._buffer += [(now, reading) for sampler in self._samplers for reading in sampler.read()]
+            when = time.monotonic()
+            now = self._clock.at(when)
+            readings = [reading for sampler in self._samplers for reading in _ask(sampler, sampler.read)]
+            if when >= slow_at:
+                readings += [reading for sampler in self._samplers for reading in _ask(sampler, sampler.read_slowly)]
+                slow_at = when + SLOW_SECONDS
+                self._watch_clock()
+                if self._exporter:
+                    self._exporter.show(readings)
+            self._buffer += [(now, reading) for reading in readings]
             self._count += 1
             self._sampled.set()
-            if time.monotonic() - part_begun >= PART_SECONDS:
-                self._write()
-                part_begun = time.monotonic()
+            if when - part_begun >= PART_SECONDS:
+                self._keep()
+                part_begun = when
             # a late sample does not shift the following ones, nor do several come at once to catch up
             next_sample = max(next_sample + self._period, time.monotonic())
             self._stop.wait(next_sample - time.monotonic())
         self._write()
 
+    def _watch_clock(self) -> None:
+        """Note where somebody set the wall clock: the axis does not follow it."""
+        step = self._clock.step()
+        if abs(step - self._step) > STEP_SECONDS:
+            self._steps.append({"time": self._clock.now(), "seconds": round(step - self._step, 3)})
+            self._step = step
+
+    def _keep(self) -> None:
+        """Write what is held. Where the storage is full or away it is held for the next time, the newest of it."""
+        try:
+            self._write()
+        except OSError:
+            del self._buffer[:-MOST_HELD]
+
     def _write(self) -> None:
-        """Write the buffer as one part, then the host's facts with the cost so far."""
+        """Write the buffer as one part and the marks, then the host's facts with the cost so far."""
         if self._buffer:
             write_part(self.folder, self._buffer)
             self._buffer = []
+        self.folder.mkdir(parents=True, exist_ok=True)
+        append_marks(self.folder / "marks.jsonl", self._marks.take())
         facts: dict[str, Any] = {"host": self.host, "hertz": 1 / self._period, "missing": {}}
         for sampler in self._samplers:
             facts |= sampler.facts()
             facts["missing"] |= sampler.missing
-        cost = time.process_time() - self._cpu_before if self._own_process else time.thread_time()
+        if self._exporter:
+            self._exporter.show_facts(facts)
+        wall = time.monotonic() - self._begun
+        facts["clock"] = self._clock.to_json()
+        facts["clock_steps"] = self._steps
         facts["samples"] = self._count
-        facts["sampler_cpu_seconds"] = round(cost, 3)
-        facts["sampler_wall_seconds"] = round(time.monotonic() - self._begun, 3)
+        facts["achieved_hertz"] = round(self._count / wall, 2) if wall > 1 else None
+        facts["sampler_cpu_seconds"] = round(self._cost(), 3)
+        facts["sampler_wall_seconds"] = round(wall, 3)
         write_json(self.folder / "host.json", facts)
+
+    def _cost(self) -> float:
+        """CPU seconds: the whole process's where it does nothing else, or those of the sampling threads."""
+        if self._own_process:
+            return time.process_time() - self._cpu_before
+        return time.thread_time() + sum(getattr(sampler, "pcie_cpu_seconds", 0.0) for sampler in self._samplers)
 
     def ready(self) -> str:
         """The host's name, once it has its first sample."""
         self._sampled.wait(FIRST_SAMPLE_SECONDS)
         return self.host
 
+    def now(self) -> float:
+        """Epoch seconds on the host's axis: what its offset is measured by."""
+        return self._clock.now()
+
     def stop(self) -> None:
         """Take no more samples and write what is held."""
         self._stop.set()
         self._thread.join()
+        self._marks.close()
+        append_marks(self.folder / "marks.jsonl", self._marks.take())
         for sampler in self._samplers:
             sampler.close()
+
+
+def _ask(sampler: Sampler, read: Callable[[], list[Reading]]) -> list[Reading]:
+    """What a sampler reads; one that fails in the middle is named, and the others go on."""
+    try:
+        return read()
+    except Exception as error:  # whatever a driver, a kernel or a library comes up with
+        sampler.missing[type(sampler).__name__] = f"{error!r}, in the middle of the recording"
+        return []
+
+
+def _exporter(host: str) -> Any:
+    from profiling.exporter import MetricsExporter
+
+    return MetricsExporter(host)
 
 
 def write_part(folder: Path, samples: list[tuple[float, Reading]]) -> Path:
@@ -116,64 +191,12 @@ def write_part(folder: Path, samples: list[tuple[float, Reading]]) -> Path:
     return path
 
 
-class ClusterRecording:
-    """A ``HostRecorder`` actor on every host of the connected cluster; hosts that join are found by ``refresh``."""
-
-    def __init__(self, folder: Path, hertz: float = HERTZ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self.hertz = hertz
-        self.unrecorded: dict[str, str] = {}
-        self._recorders: dict[str, Any] = {}
-        self.refresh()
-        if not self._recorders:
-            raise Failure("; ".join(self.unrecorded.values()) or "the cluster has no host alive")
-
-    @property
-    def hosts(self) -> list[str]:
-        """Names of the hosts that are sampled."""
-        return sorted(self._recorders)
-
-    def refresh(self) -> None:
-        """Start a sampler on each host that has none yet; one that cannot record is named in ``unrecorded``."""
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        actor = ray.remote(num_cpus=0, max_restarts=-1)(HostRecorder)
-        begun: dict[str, Any] = {}
-        for node in ray.nodes():
-            host = node["NodeManagerHostname"]
-            # two raylets of one host share its sensors
-            if node["Alive"] and not {host} & (self._recorders.keys() | self.unrecorded.keys() | begun.keys()):
-                place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                begun[host] = actor.options(scheduling_strategy=place).remote(str(self.folder), self.hertz, True)
-        for host, recorder in begun.items():
-            try:
-                ray.get(recorder.ready.remote(), timeout=120)
-                self._recorders[host] = recorder
-            except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
-                self.unrecorded[host] = f"{host}: {getattr(error, 'cause', None) or error}"
-
-    def stop(self) -> None:
-        """Flush every sampler and end its process; a host that has died meanwhile is left with what it wrote."""
-        import ray
-
-        stopping = [recorder.stop.remote() for recorder in self._recorders.values()]
-        done, _ = ray.wait(stopping, num_returns=len(stopping), timeout=20)
-        for reference in done:
-            try:
-                ray.get(reference)
-            except ray.exceptions.RayError:
-                continue
-        for recorder in self._recorders.values():
-            ray.kill(recorder)
-        self._recorders = {}
-
-
 @contextmanager
 def recording(run: Run, hertz: float = HERTZ) -> Iterator[None]:
     """Sample while the block runs: every host of the connected cluster, or this one where Ray is not used."""
     import ray
+
+    from profiling.cluster_recording import ClusterRecording
 
     folder = run.artifact(SAMPLES, "x").parent
     recorder: ClusterRecording | HostRecorder
@@ -190,8 +213,12 @@ def recording(run: Run, hertz: float = HERTZ) -> Iterator[None]:
 
 
 def add_to_report(run: Run) -> None:
-    """Draw what ``recording`` sampled into the run's report."""
-    from profiling.timeline import add_timelines, read_samples
+    """Draw what ``recording`` sampled into the run's report, and keep the energy that its cards took."""
+    from profiling.page import add_pages
+    from profiling.shares import total_joules
+    from profiling.trace import read_recording
 
     run.report.heading("Profile", "Sampled while the command ran (--profile).")
-    add_timelines(run.report, read_samples(run.folder / "artifacts" / SAMPLES), [])
+    recorded = read_recording(run.folder)
+    add_pages(run.report, recorded)
+    write_energy(run.folder, total_joules(recorded, *recorded.span))

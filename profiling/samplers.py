@@ -1,16 +1,17 @@
 """Samplers: what one host's sensors say at one moment.
 
     host = HostSampler()
-    host.read()   # [Reading("cpu.busy", "", 37.5), Reading("disk.read_bytes", "nvme0n1", 8.1e9), ...]
+    host.read()          # [Reading("cpu.busy", "", 37.5), ...]
+    host.read_slowly()   # [Reading("disk.read_bytes", "nvme0n1", 8.1e9), ...]
 
-A reading is a gauge (percent, bytes, watts, ...) or a counter: bytes since boot, whose name ends in ``_bytes``.
-Counters are kept as they are, so that the bytes of any interval are a difference and a lost sample loses none of
-them. A sensor that a host does not have is named in ``missing`` with the reason and gives no reading, never a zero.
+A reading is a gauge (percent, bytes, watts, ...) or a counter: bytes or joules since some start, whose name ends in
+``_bytes`` or ``_joules``. Counters are kept as they are, so that the bytes of any interval are a difference and a lost
+sample loses none of them; so they need no fast reading either. A sensor that a host does not have is named in
+``missing`` with the reason and gives no reading, never a zero.
 """
 
+import functools
 import sys
-import threading
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,23 +20,35 @@ import psutil
 UNITS = {
     "cpu.busy": "percent of all cores",
     "cpu.core_busy": "percent of one core",
+    "cpu.io_wait": "percent of all cores that waited for a disk",
     "memory.used": "bytes",
     "swap.used": "bytes",
     "disk.read_bytes": "bytes since boot",
     "disk.written_bytes": "bytes since boot",
     "network.received_bytes": "bytes since boot",
     "network.sent_bytes": "bytes since boot",
+    "object_store.used": "bytes",
+    "object_store.spilled_bytes": "bytes since Ray's start",
+    "process.cpu": "percent of one core, a Ray process",
+    "process.memory": "bytes, resident",
     "gpu.busy": "percent of the time in which a kernel ran",
     "gpu.memory_busy": "percent of the time in which device memory was read or written",
     "gpu.memory_used": "bytes",
+    "gpu.process_memory": "bytes, by card/process",
     "gpu.power": "watts",
+    "gpu.energy_joules": "joules since the driver was loaded",
     "gpu.sm_clock": "MHz",
     "gpu.memory_clock": "MHz",
+    "gpu.throttle_reasons": "NVML's bits of why clocks are low",
     "gpu.temperature": "degrees Celsius",
+    "gpu.encoder": "percent",
+    "gpu.decoder": "percent",
     "pcie.sent": "bytes a second, device to host, over a 20 ms window",
     "pcie.received": "bytes a second, host to device, over a 20 ms window",
     "pcie.generation": "link generation at the moment (falls when idle)",
     "pcie.width": "link lanes at the moment",
+    "nvlink.sent_bytes": "bytes over all links since the driver was loaded",
+    "nvlink.received_bytes": "bytes over all links since the driver was loaded",
 }
 """Every metric a sampler may give, with its unit."""
 
@@ -54,7 +67,10 @@ class Sampler(Protocol):
     missing: dict[str, str]
 
     def read(self) -> list[Reading]:
-        """All readings of this moment; must not block for longer than a few milliseconds."""
+        """The readings of this moment that change fast; must not block for longer than a few milliseconds."""
+
+    def read_slowly(self) -> list[Reading]:
+        """The others: counters, and what takes its time to change or to read."""
 
     def facts(self) -> dict[str, Any]:
         """What does not change: sizes and names."""
@@ -68,7 +84,7 @@ class HostSampler:
 
     def __init__(self) -> None:
         self.missing: dict[str, str] = {}
-        psutil.cpu_percent(percpu=True)  # the first call has no interval to measure and returns zeros
+        self._before = psutil.cpu_times(percpu=True)
         try:
             if not psutil.disk_io_counters(perdisk=True):
                 self.missing["disk"] = "the system counts no disk bytes"
@@ -77,12 +93,20 @@ class HostSampler:
 
     def read(self) -> list[Reading]:
         """CPU percentages are over the time since the last call; memory in use is what no new process could have."""
-        cores = psutil.cpu_percent(percpu=True)
+        now = psutil.cpu_times(percpu=True)
+        cores = [_shares(then, later) for then, later in zip(self._before, now, strict=False)]
+        self._before = now
         memory = psutil.virtual_memory()
-        readings = [Reading("cpu.busy", "", sum(cores) / len(cores))]
-        readings += [Reading("cpu.core_busy", str(core), busy) for core, busy in enumerate(cores)]
+        readings = [Reading("cpu.busy", "", sum(busy for busy, _ in cores) / len(cores))]
+        if hasattr(now[0], "iowait"):
+            readings.append(Reading("cpu.io_wait", "", sum(waits for _, waits in cores) / len(cores)))
+        readings += [Reading("cpu.core_busy", str(core), busy) for core, (busy, _) in enumerate(cores)]
         readings.append(Reading("memory.used", "", memory.total - memory.available))
-        readings.append(Reading("swap.used", "", psutil.swap_memory().used))
+        return readings
+
+    def read_slowly(self) -> list[Reading]:
+        """Swap in use, and the counters of disks and interfaces."""
+        readings = [Reading("swap.used", "", psutil.swap_memory().used)]
         if "disk" not in self.missing:
             for disk, counts in psutil.disk_io_counters(perdisk=True).items():
                 if is_whole_disk(disk):
@@ -101,111 +125,22 @@ class HostSampler:
         """psutil holds nothing open."""
 
 
+def _shares(before: Any, now: Any) -> tuple[float, float]:
+    """Percent of a core's time between two readings that it was busy, and that it waited for a disk.
+
+    Time of a guest is in the host's own too and counts once.
+    """
+    spent = {name: max(0.0, getattr(now, name) - getattr(before, name)) for name in now._fields if "guest" not in name}
+    total = sum(spent.values())
+    if not total:
+        return 0.0, 0.0
+    waits = spent.get("iowait", 0.0)
+    return 100 * (total - spent["idle"] - waits) / total, 100 * waits / total
+
+
+@functools.cache
 def is_whole_disk(name: str) -> bool:
     """Whether ``name`` is a disk of its own: a partition, loop, memory or mapped device counts the same bytes twice."""
     if not sys.platform.startswith("linux"):
         return True
     return Path("/sys/block", name).exists() and not name.startswith(("loop", "ram", "zram", "dm-", "md", "sr"))
-
-
-class NvidiaSampler:
-    """Every NVIDIA card of this host, by NVML. Without a driver it has no cards and says so in ``missing``.
-
-    NVML measures PCIe traffic over 20 ms and blocks meanwhile, so a thread of its own reads it, every
-    ``pcie_period`` seconds; between its readings the last value stands.
-    """
-
-    def __init__(self, pcie_period: float = 0.5) -> None:
-        self.missing: dict[str, str] = {}
-        self._handles: list[Any] = []
-        self._sensors: list[tuple[str, str, Callable[[], float]]] = []
-        self._traffic: Mapping[tuple[str, str], float] = {}
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-        self.pcie_cpu_seconds = 0.0
-        import pynvml
-
-        self._nvml = pynvml
-        try:
-            pynvml.nvmlInit()
-        except pynvml.NVMLError as error:
-            self.missing["gpu"] = f"NVML: {error}"
-            return
-        self._handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        for index, handle in enumerate(self._handles):
-            self._find_sensors(str(index), handle)
-        links = [sensor for sensor in self._sensors if sensor[0] in ("pcie.sent", "pcie.received")]
-        self._sensors = [sensor for sensor in self._sensors if sensor not in links]
-        if links:
-            self._thread = threading.Thread(target=self._read_links, args=(links, pcie_period), daemon=True)
-            self._thread.start()
-
-    def _find_sensors(self, card: str, handle: Any) -> None:
-        """Keep each sensor that answers now; name the others."""
-        nvml = self._nvml
-        candidates: dict[str, Callable[[], float]] = {
-            "gpu.busy": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu,
-            "gpu.memory_busy": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).memory,
-            "gpu.memory_used": lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used,
-            "gpu.power": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-            "gpu.sm_clock": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
-            "gpu.memory_clock": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
-            "gpu.temperature": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
-            "pcie.generation": lambda: nvml.nvmlDeviceGetCurrPcieLinkGeneration(handle),
-            "pcie.width": lambda: nvml.nvmlDeviceGetCurrPcieLinkWidth(handle),
-            # NVML counts in KiB a second, as seen from the card: TX is device to host
-            "pcie.sent": lambda: 1024 * nvml.nvmlDeviceGetPcieThroughput(handle, nvml.NVML_PCIE_UTIL_TX_BYTES),
-            "pcie.received": lambda: 1024 * nvml.nvmlDeviceGetPcieThroughput(handle, nvml.NVML_PCIE_UTIL_RX_BYTES),
-        }
-        for metric, sensor in candidates.items():
-            try:
-                sensor()
-            except nvml.NVMLError as error:
-                self.missing[f"{metric} of card {card}"] = str(error)
-            else:
-                self._sensors.append((metric, card, sensor))
-
-    def _read_links(self, links: list[tuple[str, str, Callable[[], float]]], period: float) -> None:
-        import time
-
-        while True:
-            # a new dict each time: read() sees the old values or the new ones
-            self._traffic = {(r.metric, r.device): r.value for r in self._ask(links)}
-            self.pcie_cpu_seconds = time.thread_time()
-            if self._stop.wait(period):
-                return
-
-    def _ask(self, sensors: list[tuple[str, str, Callable[[], float]]]) -> list[Reading]:
-        readings = []
-        for metric, card, sensor in sensors:
-            try:
-                readings.append(Reading(metric, card, float(sensor())))
-            except self._nvml.NVMLError as error:  # it answered at the start: a gap now, and its name
-                self.missing[f"{metric} of card {card}"] = str(error)
-        return readings
-
-    def read(self) -> list[Reading]:
-        """Everything but PCIe traffic now, PCIe traffic as last read."""
-        traffic = [Reading(metric, card, value) for (metric, card), value in self._traffic.items()]
-        return self._ask(self._sensors) + traffic
-
-    def facts(self) -> dict[str, Any]:
-        """Name and bytes of memory of each card, in NVML's order."""
-        return {
-            "gpus": [
-                {
-                    "name": self._nvml.nvmlDeviceGetName(handle),
-                    "memory_bytes": self._nvml.nvmlDeviceGetMemoryInfo(handle).total,
-                }
-                for handle in self._handles
-            ]
-        }
-
-    def close(self) -> None:
-        """End the PCIe thread and NVML."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout=2)
-        if self._handles:
-            self._nvml.nvmlShutdown()
-            self._handles, self._sensors = [], []

@@ -1,17 +1,13 @@
-"""``workbench profile report``: a recording as one timeline per host, with a coloured band per phase.
+"""A host's recording drawn over time, with a coloured band per phase, and its figures per phase.
 
-workbench profile report recording=runs/profile-record/latest phases=phases.jsonl
+report.figure("Timeline of system-a", timeline_figure(recording.hosts["system-a"], recording.phases))
 """
 
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import Field
 
-from profiling.trace import HostTrace, Phase, Series, read_phases, read_samples
-from workbench.config import Config, InputPath
-from workbench.report import Report
-from workbench.runs import Run, Summary
+from profiling.trace import HostTrace, Mark, Phase, Series
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -19,61 +15,31 @@ if TYPE_CHECKING:
 GIB = 2.0**30
 MB = 1e6
 MAX_POINTS = 1500
+MAX_BANDS = 60
+MAX_MARKS = 400
 COLOURS = ["#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#eeca3b", "#9d755d", "#ff9da6"]
 INK = ["#1f4e9c", "#c2410c", "#2f7d32", "#7b3fa0"]
 
 
-class ReportConfig(Config):
-    """What to draw."""
-
-    recording: InputPath = Field(description="run folder of a 'profile record', or of any command run with --profile")
-    phases: InputPath | None = Field(None, description="JSON lines of name, start, end (epoch seconds): the bands")
-
-
-def run(config: ReportConfig, run: Run) -> Summary:
-    """Draw the recording; the summary holds its extent, loads and bytes."""
-    samples = config.recording / "artifacts" / "samples"
-    samples = samples if samples.is_dir() else config.recording
-    trace = read_samples(samples)
-    phases = read_phases(config.phases) if config.phases is not None else []
-    run.input("recording", samples)
-    if config.phases is not None:
-        run.input("phases", config.phases)
-    run.say(f"drawing {len(trace)} hosts, {len(phases)} phases")
-    add_timelines(run.report, trace, phases)
-    return summarize(trace)
-
-
-def add_timelines(report: Report, traces: dict[str, HostTrace], phases: list[Phase]) -> None:
-    """Add each host's timeline, its figures per phase, the sensors it lacks and what sampling cost."""
-    for trace in traces.values():
-        note = f"{trace.facts.get('cores', '?')} cores, {trace.facts.get('memory_bytes', 0) / GIB:.1f} GiB of memory"
-        note += "".join(
-            f", {card['name']} {card['memory_bytes'] / GIB:.0f} GiB" for card in trace.facts.get("gpus", [])
-        )
-        if cost := sampling_cost_percent(trace):
-            note += f". Sampling at {trace.facts['hertz']:g} Hz took {cost:.2f}% of one core"
-        for sensor, reason in trace.facts.get("missing", {}).items():
-            note += f". Not measured: {sensor} ({reason})"
-        report.figure(f"Timeline of {trace.host}", timeline_figure(trace, phases), note=f"{note}.")
-        start, end = trace.span
-        report.table(f"Phases on {trace.host}", phase_table(trace, phases or [Phase("whole recording", start, end)]))
-
-
-def timeline_figure(trace: HostTrace, phases: list[Phase]) -> "go.Figure":
+def timeline_figure(
+    trace: HostTrace, phases: list[Phase], marks: list[Mark] | None = None, zero: float | None = None
+) -> "go.Figure":
     """CPU, memory, disk and network of one host over time, its cards and PCIe links where it has some.
 
-    The x axis is seconds since the first sample; each phase is a band over all rows, named in the row at the top.
+    The x axis is seconds since ``zero``, by default the first sample. Each phase is a bar in the row at the top, one
+    lane for each that runs beside others; those of the fullest lane are bands over all rows.
     """
     from plotly.subplots import make_subplots
 
     rows = [(title, lines) for title, lines in _rows(trace) if lines]
-    top = 1 if phases else 0
+    lanes = _lanes(phases)
+    banded, deepest = max(set(lanes), key=lanes.count, default=0), max(lanes, default=0)
+    top = 1 if phases or marks else 0
     figure = make_subplots(
         rows=len(rows) + top, cols=1, shared_xaxes=True, vertical_spacing=0.02,
-        row_heights=[0.5] * top + [1.0] * len(rows),
+        row_heights=[0.3 + 0.2 * deepest] * top + [1.0] * len(rows),
     )  # fmt: skip
-    zero = trace.span[0]
+    zero = trace.span[0] if zero is None else zero
     for number, (title, lines) in enumerate(rows, 1 + top):
         for line, (name, series) in enumerate(lines):
             times, values = thin(series)
@@ -85,18 +51,42 @@ def timeline_figure(trace: HostTrace, phases: list[Phase]) -> "go.Figure":
     for number, phase in enumerate(phases):
         colour = COLOURS[number % len(COLOURS)]
         figure.add_bar(
-            x=[phase.end - phase.start], base=[phase.start - zero], y=[""], orientation="h", marker_color=colour,
+            x=[phase.seconds], base=[phase.start - zero], y=[lanes[number]], orientation="h", marker_color=colour,
             text=phase.name, textposition="inside", insidetextanchor="middle", name=phase.name, showlegend=False,
-            hovertemplate=f"{phase.name}: {phase.end - phase.start:.1f} s<extra></extra>", row=1, col=1,
+            hovertemplate=f"{phase.name}: {phase.seconds:.1f} s<extra></extra>", row=1, col=1,
         )  # fmt: skip
+        if lanes[number] != banded or number >= MAX_BANDS:
+            continue
         for row in range(2, len(rows) + 2):
             figure.add_vrect(
                 x0=phase.start - zero, x1=phase.end - zero, fillcolor=colour, opacity=0.12, line_width=0,
                 layer="below", row=row, col=1,
             )  # fmt: skip
-    figure.update_layout(height=150 * len(rows) + 60 * top + 80, hovermode="x", barmode="overlay")
+    for name in sorted({mark.name for mark in marks or []}):
+        all_of_it = [(mark.time - zero, mark.value) for mark in marks or [] if mark.name == name]
+        shown = all_of_it[:: len(all_of_it) // MAX_MARKS + 1]
+        figure.add_scatter(
+            x=[time for time, _ in shown], y=[-1] * len(shown), mode="markers", name=name, showlegend=False,
+            marker={"symbol": "line-ns-open", "size": 9, "color": INK[0]}, row=1, col=1,
+            customdata=[str(value) for _, value in shown], hovertemplate=f"{name} %{{customdata}}<extra></extra>",
+        )  # fmt: skip
+    if top:
+        figure.update_yaxes(showticklabels=False, autorange="reversed", row=1, col=1)
+    height = 150 * len(rows) + (60 + 25 * deepest) * top + 80
+    figure.update_layout(height=height, hovermode="x", barmode="overlay")
     figure.update_xaxes(title_text="seconds", row=len(rows) + top, col=1)
     return figure
+
+
+def _lanes(phases: list[Phase]) -> list[int]:
+    """The lane of each phase: the first that is free over its whole time."""
+    lanes: list[int] = []
+    free: list[float] = []
+    for phase in phases:  # in order of start, the longest first
+        lane = next((lane for lane, end in enumerate(free) if end <= phase.start), len(free))
+        free[lane : lane + 1] = [phase.end]
+        lanes.append(lane)
+    return lanes
 
 
 def _rows(trace: HostTrace) -> list[tuple[str, list[tuple[str, Series]]]]:
@@ -115,8 +105,13 @@ def _rows(trace: HostTrace) -> list[tuple[str, list[tuple[str, Series]]]]:
 
     outer, inner = interfaces(trace)
     return [
-        ("CPU %", gauges("cpu.busy", "all cores")),
-        ("memory GiB", gauges("memory.used", "in use", GIB) + gauges("swap.used", "swap", GIB)),
+        ("CPU %", gauges("cpu.busy", "all cores") + _busiest_core(trace) + gauges("cpu.io_wait", "waits for disk")),
+        (
+            "memory GiB",
+            gauges("memory.used", "in use", GIB)
+            + gauges("swap.used", "swap", GIB)
+            + gauges("object_store.used", "object store", GIB),
+        ),
         ("disk MB/s", rates("disk.read_bytes", None, "read") + rates("disk.written_bytes", None, "written")),
         (
             "network MB/s",
@@ -125,10 +120,18 @@ def _rows(trace: HostTrace) -> list[tuple[str, list[tuple[str, Series]]]]:
             + rates("network.sent_bytes", inner, "loopback"),
         ),
         ("GPU %", gauges("gpu.busy", "card {}")),
-        ("GPU memory GiB", gauges("gpu.memory_used", "card {}", GIB)),
+        ("GPU memory GiB", gauges("gpu.memory_used", "card {}", GIB) + gauges("gpu.process_memory", "process {}", GIB)),
         ("GPU watts", gauges("gpu.power", "card {}")),
         ("PCIe MB/s", gauges("pcie.received", "to card {}", MB) + gauges("pcie.sent", "from card {}", MB)),
     ]
+
+
+def _busiest_core(trace: HostTrace) -> list[tuple[str, Series]]:
+    """Where one thread is the limit, one core is full and the mean of many shows nothing."""
+    cores = [trace.get("cpu.core_busy", core) for core in trace.devices("cpu.core_busy")]
+    if len(cores) < 2 or len({len(times) for times, _ in cores}) > 1:
+        return []
+    return [("busiest core", (cores[0][0], np.max([values for _, values in cores], axis=0)))]
 
 
 def interfaces(trace: HostTrace) -> tuple[list[str], list[str]]:
@@ -167,7 +170,7 @@ def phase_figures(trace: HostTrace, phase: Phase) -> dict[str, float | None]:
         return None if total is None else round(total / GIB, 4)
 
     figures = {
-        "seconds": round(phase.end - phase.start, 1),
+        "seconds": round(phase.seconds, 1),
         "cpu_mean_percent": of("cpu.busy", np.mean),
         "cpu_peak_percent": of("cpu.busy", np.max),
         "memory_peak_gib": of("memory.used", np.max, GIB),
@@ -180,36 +183,6 @@ def phase_figures(trace: HostTrace, phase: Phase) -> dict[str, float | None]:
     if trace.devices("gpu.busy"):
         figures["gpu_mean_percent"] = of("gpu.busy", np.mean)
         figures["gpu_memory_peak_gib"] = of("gpu.memory_used", np.max, GIB)
+        joules = [trace.joules(phase.start, phase.end, card) for card in trace.cards]
+        figures["gpu_joules"] = round(sum(known), 1) if (known := [j for j in joules if j is not None]) else None
     return figures
-
-
-def sampling_cost_percent(trace: HostTrace) -> float | None:
-    """CPU seconds of the sampler per second of the recording, in percent of one core."""
-    if not trace.facts.get("sampler_wall_seconds"):
-        return None
-    return float(100 * trace.facts["sampler_cpu_seconds"] / trace.facts["sampler_wall_seconds"])
-
-
-def summarize(traces: dict[str, HostTrace]) -> Summary:
-    """The recording in a few figures: the highest host's for a load, all hosts together for bytes."""
-    rows = [phase_figures(trace, Phase("", *trace.span)) for trace in traces.values()]
-
-    def fold(key: str, how: Any) -> float | None:
-        known = [value for row in rows if (value := row[key]) is not None]
-        return round(float(how(known)), 3) if known else None
-
-    costs = [cost for trace in traces.values() if (cost := sampling_cost_percent(trace)) is not None]
-    return {
-        "hosts": len(traces),
-        "samples": sum(len(trace.series["cpu.busy", ""][0]) for trace in traces.values()),
-        "recorded_seconds": fold("seconds", max),
-        "cpu_mean_percent": fold("cpu_mean_percent", np.mean),
-        "cpu_peak_percent": fold("cpu_peak_percent", max),
-        "memory_peak_gib": fold("memory_peak_gib", max),
-        "disk_read_gib": fold("disk_read_gib", sum),
-        "disk_written_gib": fold("disk_written_gib", sum),
-        "network_received_gib": fold("network_received_gib", sum),
-        "network_sent_gib": fold("network_sent_gib", sum),
-        "sensors_missing": sum(len(trace.facts.get("missing", {})) for trace in traces.values()),
-        "sampler_core_percent": round(max(costs), 3) if costs else None,
-    }

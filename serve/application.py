@@ -31,12 +31,21 @@ class Deployed:
 
     def engine_workers(self) -> dict[str, str]:
         """Worker id to node id of the replicas that hold an engine, those that died of late among them."""
-        replicas = [r for d in self.models().values() for r in [*d["replicas"], *(d.get("recent_dead_replicas") or [])]]
+        return {worker: node for name in self.models() for worker, node in self.workers_of(name).items()}
+
+    def workers_of(self, model: str) -> dict[str, str]:
+        """The same of one model."""
+        deployment = self.models()[model]
+        replicas = [*deployment["replicas"], *(deployment.get("recent_dead_replicas") or [])]
         return {r["worker_id"]: r["node_id"] for r in replicas if r.get("worker_id")}
 
     def models(self) -> dict[str, dict[str, Any]]:
         """The deployments that hold an engine, by model name."""
         return {name.split(":", 1)[1]: d for name, d in self.deployments.items() if ":" in name}
+
+    def roles(self) -> dict[str, str]:
+        """What each model is for: ``chat`` or ``embedding``."""
+        return {name.split(":", 1)[1]: name.split(":", 1)[0] for name in self.deployments if ":" in name}
 
 
 def _client() -> Any:

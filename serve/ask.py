@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from data_pipelines.store import MilvusUri
+from serve.citations import NOT_FOUND, cited, load_template, prompt
 from serve.endpoint import DEFAULT_URL, choose_model, context_length, count_tokens, open_client, served_models
-from serve.passages import preference, rank, sentences, trim
-from workbench.config import Config, OutputPath
+from serve.passages import preference, rank, sentences
+from serve.retrieval import Documents, wordings
+from workbench.config import Config, InputPath, OutputPath
 from workbench.errors import Failure, UserError
 from workbench.runs import Run, Summary
 
@@ -27,10 +29,6 @@ if TYPE_CHECKING:
 TEMPLATE_TOKENS = 48
 """Kept free for the chat template's own tokens, which no endpoint counts for us."""
 
-FREE = (
-    "Answer the question from the numbered passages alone. Cite each passage you use by its number, like [1]. "
-    "If the passages do not answer it, say so."
-)
 QUOTE = "Choose the sentence that answers the question."
 SENTENCE_CHARACTERS = (20, 300)
 
@@ -43,6 +41,12 @@ class AskConfig(Config):
     collection: str = Field(default="documents", description="Collection to search")
     embedding_model: str = Field(default="", description="Where the collection's model lies now; empty: where it lay")
     limit: int = Field(default=4, ge=1, le=50, description="Passages to retrieve")
+    search: Literal["dense", "keywords", "hybrid"] = Field(
+        default="dense", description="dense: by meaning; keywords: by words (BM25); hybrid: both, ranks fused"
+    )
+    queries: int = Field(default=1, ge=1, le=8, description="Wordings to search with; the model writes the others")
+    threshold: float = Field(default=0.0, description="Best dense score below which the documents have no answer")
+    template: InputPath | None = Field(default=None, description="Jinja file of the prompt in mode free")
     mode: Literal["free", "quote"] = Field(
         default="free", description="free: write an answer; quote: choose a sentence"
     )
@@ -68,15 +72,21 @@ class Answer:
 
 def run(config: AskConfig, run: Run) -> Summary:
     """Retrieve, ask, and return the answer with its numbered sources."""
-    from data_pipelines.search import search
-
+    load_template(config.template)
     with open_client(config.base_url, config.api_key_file, config.timeout) as client:
         model = choose_model(served_models(client), config.model)
-        hits = search(config.question, config.uri, config.collection, config.limit, config.embedding_model)
+        documents = Documents(config.uri, config.collection, config.embedding_model)
+        asked = wordings(config.question, config.queries, lambda text: _chat(client, model, config, text, 256)[0])
+        found = documents.find(asked, config.limit, config.search, config.threshold)
+        hits = found.hits
         if not hits:
             raise Failure(f"the collection '{config.collection}' has no passage for this question")
-        run.say(f"{len(hits)} passages found, asking {model} (mode {config.mode})")
-        answer = answer_from(client, model, config, hits, context_length(client, model))
+        if found.weak:
+            run.say(f"the nearest passage scores {found.nearest:.3f}, below {config.threshold:g}")
+            answer = Answer(NOT_FOUND, [], 0)
+        else:
+            run.say(f"{len(hits)} passages found, asking {model} (mode {config.mode})")
+            answer = answer_from(client, model, config, hits, context_length(client, model))
     rows = [
         {"number": i, "used": i - 1 in answer.cited, "score": hit.score, "title": hit.title, "source": hit.source,
          "text": hit.text}
@@ -108,21 +118,18 @@ def answer_from(client: "openai.OpenAI", model: str, config: AskConfig, hits: "l
 
 def _free(client: "openai.OpenAI", model: str, config: AskConfig, hits: "list[Hit]", context: int) -> Answer:
     """An answer in the model's own words over the passages that fit its context."""
-    fixed = count_tokens(client, model, f"{FREE}\n{config.question}") + TEMPLATE_TOKENS + 8 * len(hits)
+    template = load_template(config.template)
+    bare = prompt(template, config.question, [], 0)
+    fixed = count_tokens(client, model, bare) + TEMPLATE_TOKENS + 8 * len(hits)
     budget = context - config.max_tokens - fixed
     if budget < 16 * len(hits):
         raise UserError(
             f"model '{model}' has {context} tokens of context: no room for {len(hits)} passages beside "
             f"max_tokens={config.max_tokens}; lower max_tokens or limit, or use mode=quote"
         )
-    texts = trim([hit.text for hit in hits], budget, lambda text: count_tokens(client, model, text))
-    passages = "\n\n".join(
-        f"[{i}] {hit.title}\n{text}" for i, (hit, text) in enumerate(zip(hits, texts, strict=True), 1)
-    )
-    text, tokens = _chat(
-        client, model, config, f"{FREE}\n\n{passages}\n\nQuestion: {config.question}", config.max_tokens
-    )
-    return Answer(text, [i for i in range(len(hits)) if f"[{i + 1}]" in text], tokens)
+    asked = prompt(template, config.question, hits, budget, lambda text: count_tokens(client, model, text))
+    text, tokens = _chat(client, model, config, asked, config.max_tokens)
+    return Answer(text, [number - 1 for number in cited(text, len(hits))[0]], tokens)
 
 
 def _quote(client: "openai.OpenAI", model: str, config: AskConfig, hits: "list[Hit]", context: int) -> Answer:

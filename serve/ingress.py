@@ -1,77 +1,53 @@
-"""The OpenAI-compatible front of all models: Ray's own ingress with a key check before everything else.
+"""The OpenAI-compatible front of all models: Ray's own ingress under the gateway.
 
-``ray.serve.llm`` has no server-side API keys, so the check is an ASGI middleware of the ingress' FastAPI app,
-outermost: no extra hop, and a request without the key reaches no route, no parser and no model.
+``ray.serve.llm`` has no keys, limits, breaker or fallback. The gateway is an ASGI middleware of the ingress' FastAPI
+app, outermost: no extra hop, and a request that it refuses reaches no route, no parser and no model.
 """
 
-import hmac
+import time
 from typing import TYPE_CHECKING, Any
 
-from serve.keys import digest
+from serve.application import APPLICATION
+from serve.gateway.app import Gateway
+from serve.gateway.metrics import SHARED_FOLDER
+from serve.gateway.settings import GatewayConfig
 
 if TYPE_CHECKING:
     from fastapi.exceptions import RequestValidationError
     from ray.serve import Application
-    from ray.serve.llm import LLMConfig
     from starlette.exceptions import HTTPException
     from starlette.requests import Request
     from starlette.responses import Response
-    from starlette.types import ASGIApp, Receive, Scope, Send
 
-OPEN_PATHS = frozenset({"/health"})
-"""What is answered without a key: liveness only, it tells nothing about the models."""
+    from serve.engine import Served
 
-
-class RequireKey:
-    """ASGI middleware: a request whose bearer token does not hash to ``key_sha256`` gets 401 in OpenAI's shape."""
-
-    def __init__(self, app: "ASGIApp", key_sha256: str) -> None:
-        self.app = app
-        self.key_sha256 = key_sha256
-
-    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
-        """Pass the lifespan events, the open paths and requests with the key; refuse the rest."""
-        if scope["type"] == "lifespan" or (scope["type"] == "http" and _path(scope) in OPEN_PATHS):
-            await self.app(scope, receive, send)
-            return
-        if self._authorized(scope["headers"]):
-            # the replicas are sent the request's headers; the key ends here
-            scope["headers"] = [(n, v) for n, v in scope["headers"] if n.lower() != b"authorization"]
-            await self.app(scope, receive, send)
-            return
-        if scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
-            return
-        await _unauthorized()(scope, receive, send)
-
-    def _authorized(self, headers: list[tuple[bytes, bytes]]) -> bool:
-        given = [value for name, value in headers if name.lower() == b"authorization"]
-        if len(given) != 1:
-            return False
-        scheme, _, token = given[0].decode("latin-1").partition(" ")
-        # both sides are digests of one length, so the comparison's time tells nothing about the key
-        return scheme.lower() == "bearer" and hmac.compare_digest(digest(token.strip()), self.key_sha256)
+NODE = "ray.io/node-id"
+"""Ray's own label of each node."""
+HEALTH_SECONDS = 1.0
+"""What Serve says of its deployments is believed for so long."""
 
 
-def _path(scope: "Scope") -> str:
-    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
+class Deployments:
+    """Which models have a running replica, as Serve knows it. ``base`` gives the deployment's model of each name."""
 
+    def __init__(self, base: dict[str, str]) -> None:
+        self._base = base
+        self._running: set[str] = set()
+        self._asked_at = 0.0
 
-def _unauthorized() -> "ASGIApp":
-    from starlette.responses import JSONResponse
+    def __call__(self, model: str) -> bool:
+        """Whether a replica of ``model`` runs."""
+        from ray import serve
 
-    error = {
-        "message": "Incorrect API key provided. Send the key of this endpoint as 'Authorization: Bearer KEY'.",
-        "type": "invalid_request_error",
-        "param": None,
-        "code": "invalid_api_key",
-    }
-    return JSONResponse({"error": error}, status_code=401, headers={"WWW-Authenticate": "Bearer"})
-
-
-async def health() -> dict[str, str]:
-    """Liveness of the ingress; says nothing about the models."""
-    return {"status": "ok"}
+        if time.monotonic() - self._asked_at > HEALTH_SECONDS:
+            found = serve.status().applications[APPLICATION].deployments
+            self._running = {
+                name.split(":", 1)[-1]
+                for name, deployment in found.items()
+                if deployment.status != "UNHEALTHY" and deployment.replica_states.get("RUNNING", 0)
+            }
+            self._asked_at = time.monotonic()
+        return self._base.get(model) in self._running
 
 
 async def openai_error(request: "Request", error: "HTTPException") -> "Response":
@@ -96,27 +72,37 @@ def _error(status: int, message: str, param: str | None) -> "Response":
     return JSONResponse({"error": body}, status_code=status)
 
 
-def build_application(llm_configs: "list[LLMConfig]", key_sha256: str, ingress_cpus: float) -> "Application":
-    """A Serve application: one vLLM deployment per config behind one key-guarded OpenAI ingress.
+def build_application(models: "list[Served]", settings: GatewayConfig, ingress_cpus: float) -> "Application":
+    """A Serve application: one vLLM deployment per model behind one OpenAI ingress under the gateway.
 
-    Follows ``build_openai_app`` of ray.serve.llm 2.60, which takes no FastAPI app of one's own.
+    Follows ``build_openai_app`` of ray.serve.llm 2.60, which takes no FastAPI app of one's own. An adapter is a name
+    of its own for the same deployment.
     """
     from fastapi.exceptions import RequestValidationError
     from ray import serve
     from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
     from ray.llm._internal.serve.core.ingress.ingress import init
-    from ray.serve.llm import build_llm_deployment
     from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
     from starlette.exceptions import HTTPException
 
+    names = [(name, model) for model in models for name in (model.name, *model.adapters)]
     app = init()
-    app.get("/health")(health)
     app.add_exception_handler(HTTPException, openai_error)
     app.add_exception_handler(RequestValidationError, invalid_request)
-    app.add_middleware(RequireKey, key_sha256=key_sha256)  # added last, so it runs first
-    options: dict[str, Any] = OpenAiIngress.get_deployment_options(llm_configs)
+    # added last, so it runs first
+    app.add_middleware(Gateway, settings=settings, healthy=Deployments({name: model.name for name, model in names}))
+    options: dict[str, Any] = OpenAiIngress.get_deployment_options([model.config for model in models])
     options["ray_actor_options"] = {"num_cpus": ingress_cpus}
+    options["graceful_shutdown_timeout_s"] = settings.drain_seconds
+    if settings.store.startswith("sqlite:"):  # its file is on this host
+        import ray
+
+        options["ray_actor_options"]["label_selector"] = {NODE: ray.get_runtime_context().get_node_id()}
+    if settings.replicas > 1:
+        options["autoscaling_config"] |= {"min_replicas": settings.replicas, "max_replicas": settings.replicas}
+        shared = str(settings.metrics_folder())
+        options["ray_actor_options"]["runtime_env"] = {"env_vars": {SHARED_FOLDER: shared}}
     return serve.deployment(make_fastapi_ingress(OpenAiIngress, app=app), **options).bind(
-        llm_deployments={c.model_id: build_llm_deployment(c) for c in llm_configs},
-        model_cards={c.model_id: to_model_metadata(c.model_id, c) for c in llm_configs},
+        llm_deployments={name: model.deployment for name, model in names},
+        model_cards={name: to_model_metadata(name, model.config) for name, model in names},
     )

@@ -1,38 +1,43 @@
-"""Measure an OpenAI-compatible endpoint under load: throughput, time to first token and latency.
+"""Measure an OpenAI-compatible endpoint under load: throughput, time to first token, latency, goodput.
 
     workbench serve loadtest configs/demo/loadtest.yaml
+    workbench serve loadtest configs/serve/loadtest.yaml arrival=poisson rates=[1,2,4,8]
 
-Each model is tested alone, at each concurrency level in turn, with streaming chat completions.
+Each model is tested alone, at each level in turn, with streaming chat completions by vLLM's load generator. Every
+request is kept in ``artifacts/requests.parquet``; ``serve compare`` sets two runs beside each other.
 """
 
-import json
+import math
 import random
-from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from profiling import phase
+from serve.availability import available
+from serve.clocks import clock_offset
 from serve.endpoint import DEFAULT_URL, choose_model, open_client, served_models
 from serve.keys import client_key
-from serve.traffic import Outcome, Target, drive
-from workbench.config import Config, InputPath, OutputPath
+from serve.load_figures import Objective, knee, summarise
+from serve.load_prompts import QUESTIONS, read_prompts, read_replay, with_prefixes
+from serve.load_report import report, write_requests
+from serve.traffic import Arrival, Driven, Level, Prompt, Target, drive
+from workbench.config import Config, InputPath, OutputPath, default_environment
 from workbench.errors import Failure, UserError
 from workbench.runs import Run, Summary
 
-QUANTILES = (50, 95, 99)
-QUESTIONS = [
-    "How many rings does this molecule have: c1ccc2ccccc2c1?",
-    "Name the functional groups of CC(=O)O.",
-    "Explain in one sentence what a hash table is.",
-    "Which element has the symbol Fe?",
-    "Write the molecular formula of ethanol.",
-    "What does a compiler do?",
-    "Is benzene aromatic? Answer yes or no and why.",
-    "List three uses of a queue in an operating system.",
-]
-"""Prompts where no file is given."""
+CLOCKS_AGREE = 2.0
+"""Seconds. The date of an answer tells no more than that."""
+SENT_ENOUGH = 0.9
+"""Of the requests a second that were asked for."""
+
+
+class SharedPrefix(Config):
+    """Texts that many prompts begin with."""
+
+    prefixes: int = Field(default=4, ge=1, description="Different beginnings")
+    words: int = Field(default=200, ge=1, description="Words of each")
 
 
 class LoadTestConfig(Config):
@@ -43,153 +48,165 @@ class LoadTestConfig(Config):
     api_key_file: OutputPath | None = Field(
         default=None, description="File of the API key; default OPENAI_API_KEY, else the key that 'serve up' made"
     )
-    concurrency: list[int] = Field(default=[1, 4, 16], min_length=1, description="Requests in flight, one level each")
+    arrival: Arrival = Field(
+        default="closed",
+        description="closed: so many requests in flight; constant, poisson: at so many a second; ramp: at more and "
+        "more a second; replay: as recorded",
+    )
+    concurrency: list[int] = Field(default=[1, 4, 16], min_length=1, description="Of closed: requests in flight")
+    rates: list[float] = Field(
+        default=[1.0, 2.0, 4.0], min_length=1,
+        description="Of constant and poisson: requests a second, one level each; of ramp: the first and the last",
+    )  # fmt: skip
     seconds: float = Field(default=5.0, gt=0, description="Seconds a level; requests in flight at its end may finish")
     max_tokens: int = Field(default=32, ge=1, description="Tokens of each answer")
     ignore_eos: bool = Field(default=True, description="Make every answer max_tokens long; false for servers not vLLM")
     prompts: InputPath | None = Field(default=None, description="JSONL with 'prompt', or 'instruction' and 'input'")
-    max_prompts: int = Field(default=512, ge=1, description="Different prompts at most")
+    replay: InputPath | None = Field(
+        default=None, description="Recorded traffic: the gateway's request log (folder), or JSONL with 'time'"
+    )
+    speed: float = Field(default=1.0, gt=0, description="A replay so many times as fast as it was recorded")
+    shared_prefix: SharedPrefix | None = Field(default=None, description="Let prompts share their beginnings")
+    max_prompts: int = Field(default=512, ge=1, description="Different prompts at most; of a replay, requests")
+    objective: Objective = Field(default=Objective(), description="What goodput counts: ttft_ms, latency_ms, ...")
     timeout: float = Field(default=120.0, gt=0, description="Seconds for one request")
-    seed: int = Field(default=0, description="Order of the prompts")
+    seed: int = Field(default=0, description="Order of the prompts, arrivals")
+
+    @model_validator(mode="after")
+    def _whole(self) -> "LoadTestConfig":
+        if (self.arrival == "replay") != (self.replay is not None):
+            raise ValueError("arrival: replay and replay: FILE belong together")
+        if self.arrival == "ramp" and len(self.rates) != 2:
+            raise ValueError(f"a ramp has a first and a last rate, not {self.rates}")
+        if min(self.concurrency) < 1 or min(self.rates) <= 0:
+            raise ValueError("requests in flight and requests a second are above 0")
+        if not all(map(math.isfinite, self.rates)):
+            raise ValueError("rates: give numbers")
+        if self.arrival != "ramp" and any(len(set(each)) < len(each) for each in (self.concurrency, self.rates)):
+            raise ValueError("concurrency and rates: give each level once")
+        return self
+
+    def levels(self) -> list[Level]:
+        """The levels in turn."""
+        if self.arrival == "closed":
+            return [Level("closed", number, self.seconds) for number in self.concurrency]
+        if self.arrival == "ramp":
+            return [Level("ramp", self.rates[1], self.seconds, start=self.rates[0])]
+        if self.arrival == "replay":
+            return [Level("replay", 1.0, self.seconds)]
+        return [Level(self.arrival, rate, self.seconds) for rate in self.rates]
 
 
 def check(config: LoadTestConfig) -> None:
-    """Raise UserError for a file of prompts that cannot be read."""
-    if config.prompts:
-        read_prompts(config.prompts, config.max_prompts)
+    """Raise UserError where the generator is not installed, or for a file of prompts that cannot be read."""
+    if config.prompts or config.replay:
+        make_prompts(config)
+    if (reason := available()) is not None:
+        raise UserError(f"the load generator is vLLM's. {reason}")
+
+
+def make_prompts(config: LoadTestConfig) -> list[Prompt]:
+    """What is asked, in its order."""
+    if config.replay:
+        return read_replay(config.replay, config.max_prompts, config.speed, config.max_tokens)
+    texts = read_prompts(config.prompts, config.max_prompts) if config.prompts else list(QUESTIONS)
+    random.Random(config.seed).shuffle(texts)
+    if config.shared_prefix:
+        texts = with_prefixes(texts, config.shared_prefix.prefixes, config.shared_prefix.words, config.seed)
+    return [Prompt.of(text, config.max_tokens) for text in texts]
 
 
 def run(config: LoadTestConfig, run: Run) -> Summary:
     """Test each model at each level. Raises Failure if no request of a level succeeded."""
-    prompts = read_prompts(config.prompts, config.max_prompts) if config.prompts else list(QUESTIONS)
-    random.Random(config.seed).shuffle(prompts)
-    if config.prompts:
-        run.input("prompts", config.prompts)
+    import numpy as np
+
+    default_environment("VLLM_LOGGING_LEVEL", "ERROR")  # what vLLM finds of Triton is not of this command
+    prompts = make_prompts(config)
+    np.random.seed(config.seed)  # vLLM draws arrivals from numpy's own generator
+    for name, file in (("prompts", config.prompts), ("replay", config.replay)):
+        if file:
+            run.input(name, file)
     with open_client(config.base_url, config.api_key_file, config.timeout) as client:
         served = served_models(client)
     models = [choose_model(served, name) for name in config.models] if config.models else list(served)
+    offset = clock_offset(config.base_url.rstrip("/").removesuffix("/v1") + "/health")
+    doubts = _doubts_of_clocks(offset)
     rows: list[dict[str, Any]] = []
-    latencies: dict[tuple[str, int], list[Outcome]] = {}
+    driven: list[Driven] = []
     for model in models:
         target = Target(
-            config.base_url.rstrip("/"), client_key(config.api_key_file), model, config.max_tokens, config.ignore_eos,
-            config.timeout,
-        )  # fmt: skip
-        drive(target, prompts[:1], 1, 0.001)  # a first request, so that no level pays for a cold cache or connection
-        for level in config.concurrency:
-            outcomes, wall = drive(target, prompts, level, config.seconds)
-            row = summarise(outcomes, wall)
+            config.base_url.rstrip("/"), client_key(config.api_key_file), model, config.ignore_eos, config.timeout
+        )
+        # a first request, so that no level pays for a cold cache or connection
+        drive(target, prompts[:1], Level("closed", 1, 0.001))
+        for level in config.levels():
+            with phase(f"{model} {level.arrival}", level.load) as done:
+                measured = drive(target, prompts, level)
+                done |= {
+                    "tokens": float(sum(o.output_tokens for o in measured.outcomes)),
+                    "requests": float(len(measured.outcomes)),
+                }
+            row = summarise(measured, config.objective)
             if row["requests"] == row["errors"]:
-                raise Failure(f"{model} at concurrency {level}: no request succeeded ({row['error_kinds']})")
-            rows.append({"model": model, "concurrency": level, **row})
-            latencies[model, level] = [outcome for outcome in outcomes if not outcome.error]
+                raise Failure(f"{model} at {level}: no request succeeded ({row['error_kinds']})")
+            rows.append({"model": model, "level": str(level), "load": level.load, **row})
+            driven.append(measured)
+            doubts += _doubts(model, level, measured, row)
             numbers = {f"{model}/{key}": value for key, value in row.items() if isinstance(value, float)}
-            run.metrics(len(rows), concurrency=level, **numbers)
+            run.metrics(len(rows), load=level.load, **numbers)
             run.say(
-                f"{model} x{level}: {row['output_tokens_per_s']:.0f} tokens/s, {row['requests_per_s']:.1f} requests/s, "
+                f"{model} {level}: {row['output_tokens_per_s']:.0f} tokens/s, {row['requests_per_s']:.1f} requests/s, "
                 f"first token p50 {row['ttft_p50_ms']:.0f} ms, latency p95 {row['latency_p95_ms']:.0f} ms, "
                 f"{row['errors']} errors"
             )
-    _report(run, config, rows, latencies)
-    best = {m: max((r for r in rows if r["model"] == m), key=lambda r: r["output_tokens_per_s"]) for m in models}
-    first = {m: next(r for r in rows if r["model"] == m) for m in models}
+    for doubt in doubts:
+        run.say(f"doubt: {doubt}")
+    write_requests(run.artifact("requests.parquet"), rows, driven)
+    report(run, rows, config.objective, doubts, _about(config, rows), offset)
+    return _summary(models, rows, doubts)
+
+
+def _about(config: LoadTestConfig, rows: Sequence[dict[str, Any]]) -> str:
+    fewest = min(row["requests"] - row["errors"] for row in rows)
+    how = "Closed loop" if config.arrival == "closed" else f"Open loop, {config.arrival} arrivals"
+    few = "; below 100 its p99 is close to its maximum." if fewest < 100 else "."
+    return (
+        f"{how}, {config.seconds:g} s a level, answers of {config.max_tokens} tokens, one pass. "
+        f"The smallest level has {fewest} requests{few}"
+    )
+
+
+def _doubts_of_clocks(offset: tuple[float, float] | None) -> list[str]:
+    if offset is None or abs(offset[0]) - offset[1] <= CLOCKS_AGREE:
+        return []
+    return [f"the server's clock is {offset[0]:+.1f} s from this one: its timeline does not lie beside these figures"]
+
+
+def _doubts(model: str, level: Level, driven: Driven, row: dict[str, Any]) -> list[str]:
+    """Why a level's figures may not be the server's."""
+    found = []
+    if reason := driven.watch.saturated():
+        found.append(f"{model} {level}: {reason}")
+    if level.arrival in ("constant", "poisson") and row["requests"] > 10:
+        asked = level.load * SENT_ENOUGH
+        if row["sent_per_s"] < asked:
+            found.append(f"{model} {level}: only {row['sent_per_s']:.2f} requests a second were sent")
+    if abs(driven.watch.drift) > 0.1:
+        found.append(f"{model} {level}: this clock was set by {driven.watch.drift:+.2f} s meanwhile")
+    return found
+
+
+def _summary(models: list[str], rows: list[dict[str, Any]], doubts: list[str]) -> Summary:
+    of = {model: [row for row in rows if row["model"] == model] for model in models}
+    best = {model: max(of[model], key=lambda row: row["output_tokens_per_s"]) for model in models}
+    knees = {model: of[model][index]["level"] for model in models if (index := knee(of[model])) is not None}
     return {
         "models": ", ".join(models),
         "requests": sum(row["requests"] for row in rows),
         "errors": sum(row["errors"] for row in rows),
         **{f"{m}_best_tokens_per_s": round(best[m]["output_tokens_per_s"], 1) for m in models},
-        **{f"{m}_best_concurrency": best[m]["concurrency"] for m in models},
-        **{f"{m}_x{first[m]['concurrency']}_ttft_p50_ms": round(first[m]["ttft_p50_ms"], 1) for m in models},
+        **{f"{m}_best_at": best[m]["level"] for m in models},
+        **{f"{m}_knee": level for m, level in knees.items()},
+        **{f"{m}_{of[m][0]['level']}_ttft_p50_ms": round(of[m][0]["ttft_p50_ms"], 1) for m in models},
+        "doubts": len(doubts),
     }
-
-
-def read_prompts(path: Path, limit: int) -> list[str]:
-    """The first ``limit`` prompts of a JSONL file. Raises UserError if it is no text, naming the line that has none."""
-    prompts: list[str] = []
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if len(prompts) == limit:
-                    break
-                if line.strip():
-                    prompts.append(_prompt(line, f"{path}:{number}"))
-    except OSError as error:
-        raise UserError(f"prompts: {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(
-            f"prompts: {path} is not text: give JSONL with 'prompt', or 'instruction' and 'input'"
-        ) from None
-    if not prompts:
-        raise UserError(f"{path} holds no prompts")
-    return prompts
-
-
-def _prompt(line: str, place: str) -> str:
-    try:
-        row = json.loads(line)
-        text = row["prompt"] if "prompt" in row else f"{row['instruction']}\n{row.get('input') or ''}"
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{place}: a line is JSON with 'prompt', or 'instruction' and 'input'") from None
-    return str(text).strip()
-
-
-def summarise(outcomes: Sequence[Outcome], wall: float) -> dict[str, Any]:
-    """Throughput over ``wall`` seconds and percentiles in milliseconds of the requests that succeeded."""
-    good = [outcome for outcome in outcomes if not outcome.error]
-    kinds = Counter(outcome.error for outcome in outcomes if outcome.error)
-    inter_token = [value for outcome in good if (value := outcome.inter_token) is not None]
-    return {
-        "requests": len(outcomes),
-        "errors": len(outcomes) - len(good),
-        "error_kinds": ", ".join(f"{kind}: {number}" for kind, number in kinds.most_common()),
-        "requests_per_s": len(good) / wall,
-        "output_tokens_per_s": sum(outcome.output_tokens for outcome in good) / wall,
-        **_percentiles("ttft", [outcome.first_token for outcome in good]),
-        **_percentiles("inter_token", inter_token),
-        **_percentiles("latency", [outcome.latency for outcome in good]),
-    }
-
-
-def _percentiles(name: str, seconds: Sequence[float]) -> dict[str, float | None]:
-    """``NAME_pQ_ms`` for each quantile, linearly interpolated; None without a value."""
-    import numpy as np
-
-    if not seconds:
-        return {f"{name}_p{q}_ms": None for q in QUANTILES}
-    values = np.percentile(np.asarray(seconds) * 1000, QUANTILES)
-    return {f"{name}_p{q}_ms": float(value) for q, value in zip(QUANTILES, values, strict=True)}
-
-
-def _report(
-    run: Run, config: LoadTestConfig, rows: list[dict[str, Any]], outcomes: dict[tuple[str, int], list[Outcome]]
-) -> None:
-    import plotly.graph_objects as go
-
-    fewest = min(len(good) for good in outcomes.values())
-    run.report.table(
-        "Load",
-        rows,
-        note=f"Closed loop, {config.seconds:g} s a level, answers of {config.max_tokens} tokens, one pass. "
-        f"The smallest level has {fewest} requests"
-        + ("; below 100 its p99 is close to its maximum." if fewest < 100 else "."),
-    )
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    of = {model: [row for row in rows if row["model"] == model] for model in models}
-    throughput = go.Figure()
-    for model in models:
-        throughput.add_scatter(
-            x=[row["concurrency"] for row in of[model]], y=[row["output_tokens_per_s"] for row in of[model]],
-            name=model, mode="lines+markers",
-        )  # fmt: skip
-    throughput.update_layout(xaxis_title="requests in flight", yaxis_title="output tokens a second", xaxis_type="log")
-    run.report.figure("Throughput", throughput)
-    for key, title in (("ttft", "Time to first token"), ("latency", "Latency of a whole answer")):
-        figure = go.Figure()
-        for model, dash in zip(models, ["solid", "dash", "dot", "dashdot"] * len(models), strict=False):
-            for q in QUANTILES:
-                figure.add_scatter(
-                    x=[row["concurrency"] for row in of[model]], y=[row[f"{key}_p{q}_ms"] for row in of[model]],
-                    name=f"{model} p{q}", mode="lines+markers", line={"dash": dash},
-                )  # fmt: skip
-        figure.update_layout(xaxis_title="requests in flight", yaxis_title="ms", xaxis_type="log")
-        run.report.figure(title, figure)

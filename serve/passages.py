@@ -5,7 +5,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from data_pipelines.chunks import sentence_starts
-from data_pipelines.highlight import WORD, asked_words
+from data_pipelines.highlight import asked_words
+from data_pipelines.words import words_of
 
 MORE = 1.5
 """How much more of the question a sentence of another hit must share than one of an equally good best hit."""
@@ -67,7 +68,7 @@ def rank(question: str, candidates: Sequence[str], weights: Sequence[float] | No
     only in a question that has no others. A candidate's score is divided by the root of its length, so that a long
     sentence does not win by length alone, and multiplied by its weight where there are ``weights``.
     """
-    words = [{w.lower() for w in WORD.findall(c)} for c in candidates]
+    words = [set(words_of(c)) for c in candidates]
     frequency = Counter(word for one in words for word in one)
     asked = asked_words(question)
     scores = [

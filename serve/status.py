@@ -8,7 +8,7 @@ from pydantic import Field
 
 from serve.application import address, deployed
 from serve.keys import client_key
-from serve.up import first_completion
+from serve.up import first_answer
 from workbench.config import Config
 from workbench.errors import Failure
 from workbench.runs import Run, Summary
@@ -35,8 +35,9 @@ def run(config: StatusConfig, run: Run) -> Summary:
     for name, deployment in application.models().items():
         row: dict[str, Any] = {"model": name, "replicas": len(deployment["replicas"]), "answers": True, "detail": ""}
         try:
-            answer = first_completion(base_url, key, name, time.monotonic() + config.timeout)
-            row["detail"] = f"{answer['seconds']:.2f} s for a token"
+            role: Any = application.roles()[name]
+            seconds = first_answer(base_url, key, name, role, time.monotonic() + config.timeout)
+            row["detail"] = f"{seconds:.2f} s for a {'vector' if role == 'embedding' else 'token'}"
         except Failure as failure:
             row |= {"answers": False, "detail": str(failure)}
         rows.append(row)

@@ -6,20 +6,27 @@ On a cluster the application stays when the command ends (``serve down`` takes i
 own nothing would keep it alive, so the command stays in the foreground until Ctrl-C and then takes all down.
 """
 
+import asyncio
 import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic import Field, field_validator
 
 from cluster.nodes import Node, member_nodes
 from cluster.placement import ENOUGH, Placement
-from serve.application import Deployed, causes, deploy, deployed, engine_log, remove, start_proxy
+from serve.application import Deployed, address, causes, deploy, deployed, engine_log, remove, start_proxy
 from serve.availability import available
-from serve.engine import EnginePlace, ModelConfig, check_engine_arguments, engine_place, llm_config
-from serve.keys import default_key_file, digest, make_key
+from serve.engine import EnginePlace, check_engine_arguments, engine_place, served
+from serve.fits import Checked, check_fit
+from serve.gateway.checks import check_settings
+from serve.gateway.own_key import own_key
+from serve.gateway.settings import GatewayConfig
+from serve.keys import default_key_file, make_key
+from serve.model_config import ModelConfig, Role
 from workbench.config import Config, OutputPath
 from workbench.errors import Failure, UserError
 from workbench.files import write_atomic
@@ -39,24 +46,29 @@ class ServeConfig(Config):
     api_key_file: OutputPath | None = Field(
         default=None, description="File of the API key, made if absent; default RUNS/.secrets/serve_key"
     )
+    gateway: GatewayConfig = Field(default=GatewayConfig(), description="Limits, fallbacks, A/B routes, records: docs")
     timeout: float = Field(default=900.0, gt=0, description="Seconds until every model must have answered")
-    replace: bool = Field(default=False, description="Take down what 'serve up' deployed before")
+    replace: bool = Field(
+        default=False, description="Change what 'serve up' deployed before; models that stay the same keep running"
+    )
     block: bool | None = Field(default=None, description="Stay in the foreground; default: only with a Ray of our own")
 
     @field_validator("models")
     @classmethod
     def _distinct_names(cls, models: list[ModelConfig]) -> list[ModelConfig]:
-        names = [model.name for model in models]
+        names = [name for model in models for name in (model.name, *model.adapters)]
         if len(set(names)) < len(names):
             raise ValueError(f"two models have one name: {', '.join(names)}")
         return models
 
 
 def check(config: ServeConfig) -> None:
-    """Raise UserError where vLLM is not installed, or does not know an argument."""
+    """Raise UserError where vLLM is not installed or does not know an argument, or the gateway names what is not
+    there."""
     if (reason := available()) is not None:
         raise UserError(reason)
     check_engine_arguments(config.models)
+    check_settings(config.gateway, [name for model in config.models for name in (model.name, *model.adapters)])
 
 
 def run(config: ServeConfig, run: Run) -> Summary:
@@ -68,17 +80,28 @@ def run(config: ServeConfig, run: Run) -> Summary:
     begun = time.monotonic()
     key_file = config.api_key_file or default_key_file()
     key = make_key(key_file)
-    places = _places(config.models, member_nodes())
-    if (before := deployed()) is not None:
-        if not config.replace:
-            raise UserError(
-                f"already up with {', '.join(before.models())}: run 'workbench serve down', or give replace=true"
-            )
-        run.say("taking down what was served before")
-        remove()
+    asyncio.run(own_key(config.gateway, key))
+    before, nodes = deployed(), member_nodes()
+    # What runs holds what it will go on holding: a model that stays must find its old place.
+    places = _places(config.models, [replace(node, free=None) for node in nodes] if before else nodes)
+    if before and not config.replace:
+        raise UserError(
+            f"already up with {', '.join(before.models())}: run 'workbench serve down', or give replace=true"
+        )
+    checked = {
+        model.name: check_fit(model, places[model.name].placement, nodes, places[model.name].device, run.say)
+        for model in config.models
+    }
 
     from serve.ingress import build_application
 
+    if before and address() != (config.host, config.port):
+        run.say("taking down what was served before: a running Serve cannot listen elsewhere")
+        remove()
+        before = None
+    if before:
+        gone = before.models().keys() - {model.name for model in config.models}
+        run.say(f"changing what is served: {', '.join(before.models())}" + "".join(f"; {name} ends" for name in gone))
     run.say(
         f"starting {len(config.models)} engines: "
         + ", ".join(f"{m.name} ({places[m.name].placement.host or places[m.name].device})" for m in config.models)
@@ -92,18 +115,23 @@ def run(config: ServeConfig, run: Run) -> Summary:
     try:
         start_proxy(config.host, config.port)
         _quiet()
-        configs = [llm_config(model, places[model.name]) for model in config.models]
-        deploy(build_application(configs, digest(key), INGRESS_CPUS), config.route_prefix)
+        models = [served(model, places[model.name], checked[model.name].layers) for model in config.models]
+        deploy(build_application(models, config.gateway, INGRESS_CPUS), config.route_prefix)
         _quiet()  # again: building has imported more that sets up logging
         deadline = begun + config.timeout
         _wait_running(run, deadline)
-        answers = {model.name: first_completion(base_url, key, model.name, deadline) for model in config.models}
+        answers = {
+            name: first_answer(base_url, key, name, model.role, deadline)
+            for model in config.models
+            for name in (model.name, *model.adapters)
+        }
     except BaseException:
-        remove()
+        if before is None:  # else what still answers goes on
+            remove()
         raise
     ready_s = time.monotonic() - begun
     run.say(f"up after {ready_s:.0f} s: {base_url}  (key in {key_file})")
-    _report(run, config, base_url, answers)
+    _report(run, config, base_url, answers, checked)
     if config.block if config.block is not None else run.owns_ray:
         _stay(run)
     return {
@@ -111,7 +139,7 @@ def run(config: ServeConfig, run: Run) -> Summary:
         "models": ", ".join(model.name for model in config.models),
         "key_file": str(key_file),
         "ready_s": round(ready_s, 1),
-        **{f"first_completion_{name}_s": round(answer["seconds"], 3) for name, answer in answers.items()},
+        **{f"first_completion_{name}_s": round(seconds, 3) for name, seconds in answers.items()},
     }
 
 
@@ -131,7 +159,7 @@ def _places(models: list[ModelConfig], nodes: Sequence[Node]) -> dict[str, Engin
     chosen = {model.name: engine_place(model, nodes) for model in models}
     asked: Counter[str] = Counter({"CPU": INGRESS_CPUS})
     for model in models:
-        for bundle in chosen[model.name].bundles * model.replicas:
+        for bundle in chosen[model.name].bundles * copies(model, chosen[model.name]):
             asked.update(bundle)
     for resource, amount in asked.items():
         there = sum(node.total.get(resource, 0.0) for node in nodes)
@@ -141,6 +169,11 @@ def _places(models: list[ModelConfig], nodes: Sequence[Node]) -> dict[str, Engin
                 "lower replicas, cpus or gpus of the models, or add machines"
             )
     return chosen
+
+
+def copies(model: ModelConfig, place: EnginePlace) -> int:
+    """Replicas that must find room at once: those of each data-parallel rank, unless one replica holds all ranks."""
+    return model.least_replicas * (1 if place.inside else model.data)
 
 
 def _wait_running(run: Run, deadline: float) -> None:
@@ -179,8 +212,8 @@ def _reason(run: Run, application: Deployed | None, seen: dict[str, str]) -> str
     return "; ".join(named) + f"\nthe engine's log: {run.artifact('engine.log')}"
 
 
-def first_completion(base_url: str, key: str, model: str, deadline: float) -> dict[str, Any]:
-    """A real completion of one token through the HTTP endpoint: its text and the seconds it took.
+def first_answer(base_url: str, key: str, model: str, role: Role, deadline: float) -> float:
+    """Seconds of a real request through the HTTP endpoint: a completion of one token, or the vector of a word.
 
     Raises Failure with the server's answer if there is none until the deadline.
     """
@@ -191,8 +224,11 @@ def first_completion(base_url: str, key: str, model: str, deadline: float) -> di
         while time.monotonic() < deadline:
             begun = time.monotonic()
             try:
-                answer = client.completions.create(model=model, prompt="The", max_tokens=1, temperature=0)
-                return {"seconds": time.monotonic() - begun, "text": answer.choices[0].text}
+                if role == "embedding":
+                    client.embeddings.create(model=model, input="The")
+                else:
+                    client.completions.create(model=model, prompt="The", max_tokens=1, temperature=0)
+                return time.monotonic() - begun
             except openai.APIStatusError as error:
                 if error.status_code not in (404, 503):  # the proxy does not know the route yet
                     raise Failure(f"model '{model}' answered {error.status_code}: {error.message}") from None
@@ -200,21 +236,32 @@ def first_completion(base_url: str, key: str, model: str, deadline: float) -> di
             except openai.APIConnectionError as error:
                 said = str(error.__cause__ or error)
             time.sleep(0.5)
-    raise Failure(f"model '{model}' gave no completion at {base_url}: {said}")
+    raise Failure(f"model '{model}' gave no answer at {base_url}: {said}")
 
 
-def _report(run: Run, config: ServeConfig, base_url: str, answers: dict[str, dict[str, Any]]) -> None:
+def _report(
+    run: Run, config: ServeConfig, base_url: str, answers: dict[str, float], checked: dict[str, Checked]
+) -> None:
     run.report.text("Endpoint", f"{base_url}, OpenAI-compatible, with an API key.")
     rows = [
         {
             "model": model.name,
+            "role": model.role,
             "source": model.source,
+            "adapters": ", ".join(model.adapters),
             "replicas": model.replicas,
-            "first completion (s)": answers[model.name]["seconds"],
+            "first answer (s)": answers[model.name],
         }
         for model in config.models
     ]
     run.report.table("Models", rows)
+    ranks = [
+        {"model": name, "card": rank.card.name, "weights": rank.weights + rank.scales, "for KV cache": rank.spare,
+         "experts a layer": rank.experts}
+        for name, each in checked.items() if each.fit for rank in each.fit.ranks
+    ]  # fmt: skip
+    if ranks:
+        run.report.table("Bytes of each rank", ranks, note="An estimate, of one replica.")
 
 
 def _stay(run: Run) -> None:

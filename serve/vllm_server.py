@@ -1,4 +1,5 @@
-"""vLLM under ``ray.serve.llm``, with its tokenizer endpoint working and, on a CPU, with half of the processes.
+"""vLLM under ``ray.serve.llm``, with its tokenizer endpoint working, adapters from folders, a warm-up, and, on a CPU,
+with half of the processes.
 
 Each process of an engine imports vLLM for some ten seconds of CPU time and holds 0.8 GB. ``ray.serve.llm`` 2.60
 starts the replica, a task that looks for the model's files, vLLM's engine core and, on a CPU, a worker under the
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.llm._internal.common.callbacks.base import CallbackBase
 from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+from ray.llm._internal.serve.serving_patterns.data_parallel.dp_server import DPServer
 from ray.serve.llm.deployment import LLMServer
 
 if TYPE_CHECKING:
@@ -25,12 +27,43 @@ class LocalFolder(CallbackBase):
 
 
 class Engine(VLLMEngine):
-    """vLLM 0.32 renamed the attribute that ray.serve.llm 2.60 reads for ``/tokenize``, which then answers 400."""
+    """vLLM 0.32 renamed the attribute that ray.serve.llm 2.60 reads for ``/tokenize``, which then answers 400, and
+    ray.serve.llm loads adapters from cloud storage alone."""
 
     async def start(self) -> None:
-        """Start, then hand over the tokenization service under its new name."""
+        """Start, hand over the tokenization service under its new name, load the adapters, and answer the warm-up.
+
+        Raises RuntimeError for an adapter that vLLM refuses, or a warm-up without an answer.
+        """
         await super().start()
         self._oai_serving_tokenization = self._app_state.serving_tokenization
+        for name, folder in self.llm_config.experimental_configs["adapters"].items():
+            await self._load_adapter(name, folder)
+        if prompt := self.llm_config.experimental_configs["warm_up"]:
+            await self._answer(prompt)
+
+    async def _load_adapter(self, name: str, folder: str) -> None:
+        from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+        from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+
+        told = await self._oai_models.load_lora_adapter(LoadLoRAAdapterRequest(lora_name=name, lora_path=folder))
+        if isinstance(told, ErrorResponse):
+            raise RuntimeError(f"adapter {name} of {folder}: {told.error.message}")
+
+    async def _answer(self, prompt: str) -> None:
+        from ray.llm._internal.serve.core.configs.openai_api_models import (
+            CompletionRequest,
+            EmbeddingCompletionRequest,
+            ErrorResponse,
+        )
+
+        if self._oai_serving_completion is None:
+            answers = self.embeddings(EmbeddingCompletionRequest(model=self.llm_config.model_id, input=prompt))
+        else:
+            answers = self.completions(CompletionRequest(model=self.llm_config.model_id, prompt=prompt, max_tokens=8))
+        async for answer in answers:
+            if isinstance(answer, ErrorResponse):
+                raise RuntimeError(f"the warm-up had no answer: {answer.error.message}")
 
 
 class SingleWorkerEngine(Engine):
@@ -57,3 +90,10 @@ class SingleWorkerServer(LLMServer):
     """The deployment class that uses ``SingleWorkerEngine``."""
 
     _default_engine_cls = SingleWorkerEngine
+
+
+class DataParallelServer(DPServer):
+    """Data-parallel attention: a gang of replicas, each a rank of one engine (``ray.serve.llm``'s own), with
+    ``Engine``."""
+
+    _default_engine_cls = Engine

@@ -37,12 +37,21 @@ WAYS = {
 }
 """Overrides of ``train sft``, in float32."""
 
+STRATEGIES = ("fsdp2-offload", "zero2", "zero3")
+"""Other ways to shard than WAYS' own; a way by one of them is named "lora by zero2"."""
+
 WORLDS = (1, 2, 4)
 
 
 def ways_of(world: int) -> list[str]:
-    """The ways that ``world`` processes train; four of them, which take long on two cores, only one but in a soak."""
-    return [way for way in WAYS if world < 4 or ROUNDS > 1 or way == "qlora, recomputed"]
+    """The ways that ``world`` processes train; but in a soak only few of those that take long on two cores: four
+    processes, and other strategies."""
+    plain = [way for way in WAYS if world < 4 or ROUNDS > 1 or way == "qlora, recomputed"]
+    if world != 2:
+        return plain
+    short = {"qlora, recomputed": STRATEGIES, "full": ("zero3",)}
+    others = dict.fromkeys(WAYS, STRATEGIES) if ROUNDS > 1 else short
+    return plain + [f"{way} by {strategy}" for way in others for strategy in others[way]]
 
 
 TEMPLATE = (
@@ -106,11 +115,14 @@ def run_rank(rank: int, world: int, folder: Path) -> None:
     from workloads.sft import SftConfig
 
     torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)  # as Ray Train sets it; DeepSpeed asks for it
     if world > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{world}", rank=rank, world_size=world)
     losses = {}
     for name in ways_of(world):
-        way = [override.format(teacher=folder / "teacher") for override in WAYS[name]]
+        kind, _, strategy = name.partition(" by ")
+        way = [override.format(teacher=folder / "teacher") for override in WAYS[kind]]
+        way += [f"strategy={strategy}"] if strategy else []
         config = load(SftConfig, None, [f"base={json.dumps(str(folder / 'base'))}", *SHARED, *way])
         rows = make_rows(folder / "base", 60)
         done = fine_tune(

@@ -46,5 +46,5 @@ def audited(
                 for batch in read_blocks([Rows(splits[split][start : start + size])], split):
                     corpus.add(measure(batch, own), evaluation=split in evaluation)
         corpus.compare(threshold, evaluation)
-        corpus.write("")
+        corpus.write(measures.phone_region)
     return corpus

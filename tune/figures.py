@@ -1,41 +1,128 @@
 """Plotly figures of a sweep's report."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from tune.space import shown
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-COLOUR = {"finished": "#2f5fd0", "stopped early": "#b5bcc7", "failed": "#c0392b"}
+    from tune.study import SweepStudy, TrialRecord
+
+FAINT = "#b5bcc7"
+"""Of trials that did not come to their end."""
+
+STRONG = "#2f5fd0"
+
+STATES = {
+    "finished": STRONG, "stopped early": FAINT, "stopped": "#8a94a6", "diverged": "#e0a030", "does not fit": "#e0a030",
+    "failed": "#c0392b", "running": "#2e9e6b",
+}  # fmt: skip
+
+ABSENT = "(not set)"
 
 
-def curves(trials: list[dict[str, Any]]) -> "go.Figure":
-    """Held-out loss over steps, a line a trial; grey ones were stopped early."""
+def curves(trials: "Sequence[TrialRecord]", metric: str) -> "go.Figure":
+    """The metric over steps, a line a trial; grey ones did not finish."""
     import plotly.graph_objects as go
 
-    figure = go.Figure(layout={"xaxis_title": "step", "yaxis_title": "held-out loss", "height": 400})
+    figure = go.Figure(layout={"xaxis_title": "step", "yaxis_title": metric, "height": 400})
     for trial in trials:
-        point = ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in trial["point"].items())
         figure.add_scatter(
-            x=[step for step, _ in trial["curve"]],
-            y=[loss for _, loss in trial["curve"]],
-            name=f"{trial['trial']}: {point}",
+            x=[step for step, _ in trial.curve],
+            y=[value for _, value in trial.curve],
+            name=f"{trial.number}: {shown(trial.point)}",
             mode="lines+markers",
-            line_color=None if trial["state"] == "finished" else COLOUR[trial["state"]],
+            line_color=None if trial.state == "finished" else FAINT,
         )
     return figure
 
 
-def parallel_coordinates(trials: list[dict[str, Any]]) -> "go.Figure":
-    """An axis for each key of the space and one for the loss, coloured by the loss; trials without one are left out."""
+def parallel_coordinates(trials: "Sequence[TrialRecord]", metric: str) -> "go.Figure":
+    """An axis for each key of the space and one for the metric, coloured by it; trials without one are left out."""
     import plotly.graph_objects as go
 
-    rows = [trial for trial in trials if trial["validation_loss"] is not None]
-    losses = [trial["validation_loss"] for trial in rows]
-    axes = [_axis(key, [trial["point"][key] for trial in rows]) for key in (rows[0]["point"] if rows else [])]
-    axes += [{"label": "steps", "values": [t["steps"] for t in rows]}, {"label": "held-out loss", "values": losses}]
-    line = {"color": losses, "colorscale": "Viridis", "reversescale": True, "showscale": True}
+    rows = [trial for trial in trials if trial.last is not None]
+    last = [trial.last for trial in rows]
+    keys = dict.fromkeys(key for trial in rows for key in trial.point)
+    axes = [_axis(key, [trial.point.get(key, ABSENT) for trial in rows]) for key in keys]
+    axes += [{"label": "steps", "values": [trial.steps for trial in rows]}, {"label": metric, "values": last}]
+    line = {"color": last, "colorscale": "Viridis", "reversescale": True, "showscale": True}
     return go.Figure(go.Parcoords(line=line, dimensions=axes), layout={"height": 400})
+
+
+def importances(study: "SweepStudy", finished: "Sequence[TrialRecord]") -> "go.Figure | None":
+    """How much each key explains, as bars; None where there are too few finished trials, or one key alone."""
+    import plotly.graph_objects as go
+
+    shares = study.importances() if len(finished) >= 4 else {}
+    if len(shares) < 2:
+        return None
+    keys = sorted(shares, key=lambda key: shares[key])
+    bars = go.Bar(x=[shares[key] for key in keys], y=keys, orientation="h", marker_color=STRONG)
+    return go.Figure(bars, layout={"xaxis_title": "share explained", "height": 120 + 40 * len(keys)})
+
+
+def contour(study: "SweepStudy", finished: "Sequence[TrialRecord]", metric: str) -> "go.Figure | None":
+    """The metric over the two keys that explain most, between the trials (linear) and at them; None where there are too
+    few finished trials, or keys."""
+    shares = study.importances() if len(finished) >= 4 else {}
+    first, second = (*sorted(shares, key=lambda key: -shares[key]), "", "")[:2]
+    return study.contour(first, second, metric) if second else None
+
+
+def pareto(study: "SweepStudy", finished: "Sequence[TrialRecord]", metric: str) -> "go.Figure":
+    """The metric against what a trial cost, card-seconds where it had a card, with the front of the best of both."""
+    import plotly.graph_objects as go
+
+    cards = any(trial.gpu_seconds for trial in finished)
+    first = next(iter(study.metrics))
+    points = sorted(
+        (trial.gpu_seconds if cards else trial.seconds, trial.values[first], trial.number) for trial in finished
+    )
+    front: list[tuple[float, float]] = []
+    for cost, value, _ in points:
+        if not front or study.better(value, front[-1][1]):
+            front.append((cost, value))
+    figure = go.Figure(layout={
+        "xaxis_title": "GPU-seconds" if cards else "seconds", "yaxis_title": metric, "height": 400
+    })  # fmt: skip
+    figure.add_scatter(
+        x=[cost for cost, _, _ in points], y=[value for _, value, _ in points], mode="markers+text", name="trial",
+        text=[str(number) for _, _, number in points], textposition="top center", marker_color=FAINT,
+    )  # fmt: skip
+    figure.add_scatter(
+        x=[cost for cost, _ in front], y=[value for _, value in front], mode="lines+markers", name="front",
+        line_shape="hv", line_color=STRONG,
+    )  # fmt: skip
+    return figure
+
+
+def timeline(trials: "Sequence[TrialRecord]") -> "go.Figure":
+    """Every attempt of every trial from start to end, a row a host and card, coloured by how the trial ended."""
+    import plotly.graph_objects as go
+
+    bars = [
+        (trial, attempt, f"{attempt.get('host', '?')} {attempt.get('card', '') or 'CPU'}")
+        for trial in trials
+        for attempt in trial.attempts
+        if "ended" in attempt
+    ]
+    start = min((attempt["began"] for _, attempt, _ in bars), default=0.0)
+    figure = go.Figure(layout={"xaxis_title": "minutes", "barmode": "overlay", "height": 400})
+    for state, colour in STATES.items():
+        of_it = [bar for bar in bars if bar[0].state == state]
+        if of_it:
+            figure.add_bar(
+                name=state, orientation="h", marker_color=colour, marker_line_color="white", marker_line_width=1,
+                base=[(attempt["began"] - start) / 60 for _, attempt, _ in of_it],
+                x=[(attempt["ended"] - attempt["began"]) / 60 for _, attempt, _ in of_it],
+                y=[f"{place}, {trial.number}" for trial, _, place in of_it],
+                hovertext=[f"trial {trial.number}: {shown(trial.point)}" for trial, _, _ in of_it],
+            )  # fmt: skip
+    return figure
 
 
 def _axis(key: str, values: list[Any]) -> dict[str, Any]:

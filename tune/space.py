@@ -1,69 +1,179 @@
-"""A search space over the dotted keys of a workload's config, checked before anything runs."""
+"""A search space over the dotted keys of a workload's config, checked before anything runs.
+
+    space:
+      learning_rate: {loguniform: [1.0e-5, 1.0e-3]}
+      adapter.rank: {choice: [8, 16, 32]}
+      adapter.dropout: {uniform: [0.0, 0.1], when: adapter.rank >= 16}
+      warmup_steps: {int: [5, 50]}
+    constraints: [adapter.alpha >= adapter.rank]
+
+A point gives each key a value. A key whose ``when`` does not hold has none and stays as the shared config has it; a
+point that breaks a constraint, or that the workload refuses, is never run.
+"""
 
 import difflib
+import json
 import random
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ValidationError
 
+from tune.conditions import Condition
+from tune.ranges import Range, label
 from workbench.config import Config
 from workbench.errors import UserError
 
+if TYPE_CHECKING:
+    import optuna
+
 C = TypeVar("C", bound=Config)
+Point = dict[str, Any]
+
+TRIES = 64
+"""Points in which a value is looked for that the workload takes, before it is refused."""
 
 
-class Range(Config):
-    """The values of one key: exactly one of a list to choose from and a range to draw from."""
+@dataclass(frozen=True)
+class Space:
+    """The points of ``ranges`` around the shared ``config`` that ``constraints`` and the workload allow."""
 
-    choice: list[Any] | None = Field(None, min_length=1, description="values to choose from")
-    uniform: tuple[float, float] | None = Field(None, description="lower and upper bound")
-    loguniform: tuple[float, float] | None = Field(None, description="bounds, drawn evenly on a log scale")
+    config: Config
+    ranges: Mapping[str, Range]
+    constraints: Sequence[str] = field(default=())
 
-    @model_validator(mode="after")
-    def _one(self) -> "Range":
-        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError("give exactly one of choice: [a, b], uniform: [low, high] and loguniform: [low, high]")
-        bounds = self.uniform or self.loguniform
-        if bounds and not bounds[0] < bounds[1]:
-            raise ValueError(f"the lower bound {bounds[0]:g} is not below the upper {bounds[1]:g}")
-        if self.loguniform and self.loguniform[0] <= 0:
-            raise ValueError("a log scale has no place for 0 or less")
-        return self
+    @cached_property
+    def _when(self) -> dict[str, Condition]:
+        return {key: Condition.parse(values.when) for key, values in self.ranges.items() if values.when}
 
-    @property
-    def extremes(self) -> list[Any]:
-        """Values that stand for all: each choice, or both bounds."""
-        return list(self.choice or self.uniform or self.loguniform or ())
+    @cached_property
+    def _conditions(self) -> list[Condition]:
+        return [Condition.parse(text) for text in self.constraints]
 
-    def spread(self, count: int, source: random.Random) -> list[Any]:
-        """``count`` values in any order: one from each of as many equal parts of the range; of a list, each in turn."""
-        if self.choice:
-            deck = source.sample(self.choice, len(self.choice))
-            values = [deck[turn % len(deck)] for turn in range(count)]
-        else:
-            shares = [(part + source.random()) / count for part in range(count)]
-            if self.uniform:
-                low, high = self.uniform
-                values = [low + share * (high - low) for share in shares]
-            else:
-                low, high = self.loguniform or (1.0, 1.0)
-                values = [low * (high / low) ** share for share in shares]
-        source.shuffle(values)
-        return values
+    def check(self) -> None:
+        """Raise UserError for a key that the workload has not, naming the nearest, for a value that it never takes,
+        for a condition that cannot be answered, and where no point is allowed."""
+        known = dotted_keys(self.config.model_dump())
+        for key in self.ranges:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, 1)
+                hint = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(known)}"
+                raise UserError(f"space: no key '{key}'; {hint}")
+        self.check_conditions()
+        drawn = self.draw(TRIES, random.Random("check"))
+        for key, values in self.ranges.items():
+            for value in values.extremes:
+                self._check_value(key, value, drawn)
+        if all(self.why_not(point) for point in drawn):
+            raise UserError(f"the space is empty: of {TRIES} points drawn none is allowed, {self.why_not(drawn[0])}")
+
+    def check_conditions(self) -> None:
+        """Raise UserError for a condition over a key that is not known, or that is drawn later."""
+        known = dotted_keys(self.config.model_dump())
+        before: list[str] = []
+        try:
+            for key in self.ranges:
+                condition = self._when.get(key)
+                if condition is not None:
+                    condition.check(known)
+                    if late := [other for other in condition.keys if other in self.ranges and other not in before]:
+                        raise UserError(f"space.{key}: 'when' looks at {late[0]}: give that key before it")
+                before.append(key)
+            for condition in self._conditions:
+                condition.check(known)
+        except ValueError as error:
+            raise UserError(f"space or constraints: {error}") from None
+
+    def _check_value(self, key: str, value: Any, drawn: Sequence[Point]) -> None:
+        reasons = []
+        for point in [{}, *drawn]:
+            try:
+                at_point(self.config, {**point, key: value})
+                return
+            except ValidationError as error:
+                reasons.append(_first(error))
+        raise UserError(f"space.{key}: {value!r} is refused: {reasons[0]}")
+
+    def why_not(self, point: Point) -> str:
+        """Why ``point`` must not run; empty where it may."""
+        try:
+            values = _flat(at_point(self.config, point).model_dump())
+        except ValidationError as error:
+            return f"{shown(point)} is refused: {_first(error)}"
+        try:
+            broken = next((condition.text for condition in self._conditions if not condition.holds(values)), "")
+        except ValueError as error:
+            raise UserError(f"constraint {error}") from None
+        return f"{shown(point)} breaks the constraint '{broken}'" if broken else ""
+
+    def outside(self, point: Point) -> str:
+        """What ``point`` has that the space does not, or lacks; empty where it is a point of it."""
+        kept = self._keep({key: point.get(key) for key in self.ranges})
+        if wrong := [key for key in {**point, **kept} if (key in point) != (key in kept)]:
+            return f"a point with these values has the keys {', '.join(kept)}: see '{wrong[0]}'"
+        beyond = [key for key, value in point.items() if not self.ranges[key].has(value)]
+        return f"{beyond[0]}={point[beyond[0]]} is not among the values of the space" if beyond else ""
+
+    def _counts(self, key: str, point: Point) -> bool:
+        """Whether ``key`` has a value where the keys before it are at ``point``."""
+        condition = self._when.get(key)
+        if condition is None:
+            return True
+        values = {**_flat(self.config.model_dump()), **point}
+        try:
+            return condition.holds(values)
+        except ValueError as error:
+            raise UserError(f"space.{key}: when {error}") from None
+
+    def _keep(self, values: Point) -> Point:
+        """Of a value for every key those that count."""
+        point: Point = {}
+        for key, value in values.items():
+            if self._counts(key, point):
+                point[key] = value
+        return point
+
+    def suggest(self, trial: "optuna.Trial") -> Point:
+        """The point of an Optuna trial, drawn key by key as its sampler has it."""
+        point: Point = {}
+        for key, values in self.ranges.items():
+            if self._counts(key, point):
+                point[key] = values.suggest(trial, key)
+        return point
+
+    def decode(self, params: Mapping[str, Any]) -> Point:
+        """The point of an Optuna trial's stored parameters."""
+        return {key: values.decode(params[key]) for key, values in self.ranges.items() if key in params}
+
+    def encode(self, point: Point) -> dict[str, Any]:
+        """``point`` as an Optuna trial stores it."""
+        return {key: label(value) for key, value in point.items()}
+
+    def draw(self, count: int, source: random.Random) -> list[Point]:
+        """``count`` points that cover every key evenly, allowed or not: a Latin hypercube (McKay, Beckman and Conover
+        1979). Independent draws leave parts of a few points' ranges empty."""
+        columns = {key: values.spread(count, source) for key, values in self.ranges.items()}
+        return [self._keep({key: column[row] for key, column in columns.items()}) for row in range(count)]
+
+    def grid(self) -> Iterator[Point]:
+        """Every allowed point once. Raises UserError for a range that cannot be counted."""
+        columns = []
+        for key, values in self.ranges.items():
+            if values.every is None:
+                raise UserError(f"space.{key}: a grid needs values that can be counted: give choice or int")
+            columns.append(values.every)
+        seen = set()
+        for row in product(*columns):
+            point = self._keep(dict(zip(self.ranges, row, strict=True)))
+            if (name := identity(point)) not in seen and not self.why_not(point):
+                seen.add(name)
+                yield point
 
 
-def draw_points(space: dict[str, Range], trials: int, seed: int) -> list[dict[str, Any]]:
-    """``trials`` points that cover every key evenly: a Latin hypercube (McKay, Beckman and Conover 1979).
-
-    Independent draws leave parts of a small sweep's ranges empty, and may give one value of a list to all trials.
-    """
-    source = random.Random(f"space {seed}")
-    columns = {key: values.spread(trials, source) for key, values in space.items()}
-    return [{key: column[trial] for key, column in columns.items()} for trial in range(trials)]
-
-
-def at_point(config: C, point: dict[str, Any]) -> C:
+def at_point(config: C, point: Point) -> C:
     """``config`` with the dotted keys of ``point`` set. Raises pydantic's ValidationError for a wrong value."""
     data = config.model_dump()
     for key, value in point.items():
@@ -75,27 +185,29 @@ def at_point(config: C, point: dict[str, Any]) -> C:
     return type(config).model_validate(data)
 
 
-def check_space(config: Config, space: dict[str, Range]) -> None:
-    """Raises UserError for a key that the workload has not, naming the nearest, and for values it does not take."""
-    known = dotted_keys(config.model_dump())
-    for key, values in space.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            raise UserError(f"space: no key '{key}'; " + (f"did you mean '{near[0]}'?" if near else _list(known)))
-        for value in values.extremes:
-            try:
-                at_point(config, {key: value})
-            except ValidationError as error:
-                raise UserError(f"space.{key}: {value!r} is refused: {error.errors()[0]['msg']}") from None
-
-
-def dotted_keys(data: dict[str, Any], prefix: str = "") -> list[str]:
+def dotted_keys(data: dict[str, Any]) -> list[str]:
     """Every key that holds a value, groups left out."""
-    keys: list[str] = []
+    return list(_flat(data))
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    values: dict[str, Any] = {}
     for key, value in data.items():
-        keys += dotted_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
-    return keys
+        values |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return values
 
 
-def _list(keys: list[str]) -> str:
-    return f"valid keys: {', '.join(keys)}"
+def identity(point: Point) -> str:
+    """A name that equal points share."""
+    return json.dumps(point, sort_keys=True, default=str)
+
+
+def shown(point: Point) -> str:
+    """A point in a line, floats short."""
+    return ", ".join(
+        f"{key}={value:.3g}" if isinstance(value, float) else f"{key}={value}" for key, value in point.items()
+    )
+
+
+def _first(error: ValidationError) -> str:
+    return str(error.errors()[0]["msg"]).removeprefix("Value error, ")

@@ -18,8 +18,11 @@ from typer._click.exceptions import ClickException
 from cluster import cluster_cli, jobs_cli, runs_remote_cli
 from cluster.nodes import Node
 from cluster.placement import place
+from serve.gateway import keys_cli
+from tune import tune_cli
 from workbench.commands import Command, execute, parse_arguments, show_plan
 from workbench.config import CHECKOUT, Config, load
+from workbench.cost import cards_of
 from workbench.errors import Failure, UserError
 from workbench.interpreter import leave_spaces_behind
 from workbench.redact import redact
@@ -34,12 +37,15 @@ GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
     "data": (
         "Documents: audit, filter, embed, search, bench.",
         {
-            "audit": Command("data_pipelines.audit", "Count, measure and screen a set of documents.", gates=True),
+            "audit": Command(
+                "data_pipelines.audit", "Count, measure and screen a set of documents.", dashboard=False, gates=True
+            ),
             "filter": Command("data_pipelines.filter", "Make the clean set of an audit, by rules.", ray=False),
             "compare": Command("data_pipelines.compare", "Tell what changed between two audits.", ray=False),
             "embed": Command(
                 "data_pipelines.embed",
                 "Embed documents into Milvus; restarts where it died.",
+                dashboard=False,
                 varies=("embedded", "already_there", "deleted"),
             ),
             "search": Command(
@@ -51,24 +57,32 @@ GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
         },
     ),
     "train": (
-        "Models: pretrain, fine-tune, evaluate.",
+        "Models: pretrain, fine-tune, evaluate, export.",
         {
             "pretrain": Command("workloads.pretrain", "Train a small decoder-only model from scratch.", plans=True),
             "scaling": Command("workloads.scaling", "Train a ladder of sizes and fit the law by which loss falls."),
             "sft": Command(
                 "workloads.sft", "Fine-tune on instructions: full, LoRA or QLoRA, sharded by FSDP2.", plans=True
             ),
-            "dpo": Command("workloads.dpo", "Tune on preference pairs; the base, its adapter off, is the reference."),
+            "dpo": Command(
+                "workloads.dpo", "Tune on preference pairs; the base, its adapter off, is the reference.", plans=True
+            ),
             "eval": Command("workloads.evaluate", "Compare a base model and its adapter on held-out instructions."),
+            "export": Command(
+                "workloads.export", "Write what was trained as a folder with a model card.", positional="run", ray=False
+            ),
         },
     ),
     "tune": (
         "Sweeps over workloads.",
-        {"run": Command("tune.sweep", "Run a sweep of a workload over a search space.")},
+        {"run": Command("tune.sweep", "Run a sweep of a workload over a search space.", plans=True)},
     ),
     "serve": (
         "Models behind OpenAI-compatible endpoints.",
         {
+            "plan": Command(
+                "serve.plan", "Size a model and tell what fits where, in which split.", positional="source", ray=False
+            ),
             "up": Command(
                 "serve.up",
                 "Deploy models with vLLM under Ray Serve and wait for a real completion.",
@@ -77,13 +91,33 @@ GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
             "status": Command(
                 "serve.status", "Show what is deployed and whether it answers.", ray=False, once=OF_A_MOMENT
             ),
+            "logs": Command(
+                "serve.logs", "Print what the engines wrote.", positional="model", ray=False, once=OF_A_MOMENT
+            ),
             "down": Command("serve.down", "Take the deployment down.", ray=False, once=OF_A_MOMENT),
             "ask": Command(
                 "serve.ask", "Answer a question from the documents, with sources.", positional="question", ray=False
             ),
+            "gateway": Command(
+                "serve.gateway.standalone",
+                "Stand before OpenAI-compatible servers that run already.",
+                ray=False,
+                once="it made a server, not figures",
+            ),
+            "observe": Command(
+                "serve.observe", "Write Prometheus' configuration and alerts, and a Grafana dashboard.", ray=False
+            ),
+            "replay": Command(
+                "serve.replay", "Send recorded requests again and compare the answers.", ray=False, once=MEASURED
+            ),
+            "ab-report": Command("serve.ab_report", "Compare the models behind an A/B route.", ray=False),
+            "rag-eval": Command(
+                "serve.rag_eval", "Judge answers over documents by a file of questions.", ray=False, once=MEASURED
+            ),
             "loadtest": Command(
                 "serve.loadtest", "Measure throughput, time to first token and latency.", ray=False, once=MEASURED
             ),
+            "compare": Command("serve.compare", "Set two load tests beside each other.", positional="runs", ray=False),
         },
     ),
     "profile": (
@@ -92,7 +126,25 @@ GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
             "record": Command(
                 "profiling.record", "Sample every host until stopped: CPU, memory, disk, network, GPU.", once=MEASURED
             ),
-            "report": Command("profiling.timeline", "Draw a recording as a timeline with phases.", ray=False),
+            "pcie": Command(
+                "profiling.pcie", "Measure what links and memories carry, and check every copy.", once=MEASURED
+            ),
+            "collectives": Command(
+                "profiling.collectives", "Measure all-reduce and others between workers, by size.", once=MEASURED
+            ),
+            "roofline": Command(
+                "profiling.roofline", "Draw a model under the limits of a device, measured.", once=MEASURED
+            ),
+            "export": Command(
+                "profiling.export", "Write Prometheus' config, alert rules and a Grafana dashboard.", ray=False
+            ),
+            "trace": Command(
+                "profiling.trace_report", "Summarise torch.profiler's traces of a training run's steps.", ray=False
+            ),
+            "flame": Command("profiling.flame", "Draw where an actor's Python time goes, by py-spy.", once=MEASURED),
+            "report": Command(
+                "profiling.report", "Draw a recording: findings, timelines, shares, comparison.", ray=False
+            ),
         },
     ),
 }
@@ -117,11 +169,12 @@ app = typer.Typer(
 )
 
 
-def _add_group(group: str, help_text: str, commands: dict[str, Command]) -> None:
+def _add_group(group: str, help_text: str, commands: dict[str, Command]) -> typer.Typer:
     group_app = typer.Typer(help=help_text, no_args_is_help=True, rich_markup_mode=None)
     for name, command in commands.items():
         _add_command(group_app, group, name, command)
     app.add_typer(group_app, name=group)
+    return group_app
 
 
 def _add_command(group_app: typer.Typer, group: str, name: str, command: Command) -> None:
@@ -140,7 +193,10 @@ def _add_command(group_app: typer.Typer, group: str, name: str, command: Command
             typer.Option(metavar="'NAME>NUMBER'", hidden=not command.gates, help="Exit code 1 where it holds."),
         ] = None,
         plan: Annotated[
-            bool, typer.Option("--plan", hidden=not command.plans, help="Estimate the memory it needs; do not run.")
+            bool,
+            typer.Option(
+                "--plan", "--dry-run", hidden=not command.plans, help="Estimate the memory it needs; do not run."
+            ),
         ] = False,
     ) -> None:
         if plan:
@@ -169,8 +225,9 @@ def _with_keys(command: Command) -> type[typer.core.TyperCommand]:
     return WithKeys
 
 
-for _group, (_help, _commands) in GROUPS.items():
-    _add_group(_group, _help, _commands)
+_apps = {group: _add_group(group, help_text, commands) for group, (help_text, commands) in GROUPS.items()}
+tune_cli.add_to(_apps["tune"])
+_apps["serve"].add_typer(keys_cli.keys_app, name="keys")
 
 
 @app.command()
@@ -238,7 +295,13 @@ def _requests(line: Sequence[str]) -> str:
     return (f"{workers} x " if workers > 1 else "") + f"({parsed[1].request()})"
 
 
-app.command()(jobs_cli.submit_command(jobs_cli.CommandFacts(_takes_resources, _places, _requests)))
+def _cards(line: Sequence[str]) -> float:
+    """How many cards the workers of a command line ask for together."""
+    parsed = _parsed(line)
+    return cards_of(parsed[1].model_dump(mode="json")) if parsed is not None and isinstance(parsed[1], Placed) else 0.0
+
+
+app.command()(jobs_cli.submit_command(jobs_cli.CommandFacts(_takes_resources, _places, _requests, _cards)))
 app.add_typer(jobs_cli.jobs_app, name="jobs")
 app.add_typer(cluster_cli.cluster_app, name="cluster")
 runs_app.command("list")(runs_remote_cli.list_runs)

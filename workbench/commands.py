@@ -10,8 +10,8 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, get_type_hints
@@ -19,26 +19,33 @@ from typing import Any, Protocol, get_type_hints
 from workbench.config import Config, load
 from workbench.errors import UserError
 from workbench.interrupt import catch_signals, one_exit_code
+from workbench.marks import phase
 from workbench.redact import redact
-from workbench.runs import finish, open_run
+from workbench.runs import Run, finish, open_run, reopen_run
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=")
+
+
+Work = Callable[[Any, Run], dict[str, Any]]
+"""``run(config, run) -> summary``."""
 
 
 @dataclass(frozen=True)
 class Command:
     """One ``workbench GROUP NAME``: the module that has its ``run``, imported only when it is called.
 
-    ``positional`` is the config key that a bare argument fills; ``ray`` says whether it needs a Ray session; ``gates``
-    that it has a key ``fail_on``, which ``--fail-on`` sets; ``plans`` that the module has ``plan(config)``, which
-    ``--plan`` prints. ``varies`` names the figures of its summary that depend on the state it meets, and ``once`` says
-    why running it again reproduces nothing, where that is so.
+    ``positional`` is the config key that a bare argument fills; ``ray`` says whether it needs a Ray session, and
+    ``dashboard`` whether one of its own needs Ray's dashboard, eight processes; ``gates`` that it has a key
+    ``fail_on``, which ``--fail-on`` sets; ``plans`` that the module has ``plan(config)``, which ``--plan`` prints.
+    ``varies`` names the figures of its summary that depend on the state it meets, and ``once`` says why running it
+    again reproduces nothing, where that is so.
     """
 
     module: str
     help: str
     positional: str = ""
     ray: bool = True
+    dashboard: bool = True
     gates: bool = False
     plans: bool = False
     varies: tuple[str, ...] = ()
@@ -96,24 +103,49 @@ def execute(group: str, name: str, command: Command, arguments: Sequence[str], *
     if hasattr(module, "check"):
         module.check(config)
     argv = [group, name, *arguments]
-    begun = time.monotonic()
-    # Ray prints what its daemons say on stdout, where --json promises nothing but the summary.
-    aside = redirect_stdout(sys.stderr) if as_json else nullcontext()
-    with aside, one_exit_code(), open_run(group, name, config, name=run_name, argv=argv) as run:
-        if command.ray:
-            from workbench.session import connect, hosts
-        with connect() if command.ray else nullcontext(False) as run.owns_ray:
-            catch_signals()  # Ray has put its own handler in place
-            if command.ray:
-                run.hosts(hosts())
-            profiler = importlib.import_module(recorder) if recorder else None
-            with profiler.recording(run) if profiler else nullcontext(), run.marked_when_stopped():
-                summary = module.run(config, run)
-            if profiler:
-                profiler.add_to_report(run)
-        summary = redact({**summary, "seconds": round(time.monotonic() - begun, 1)})
-        finish(run, summary)
+    with _aside(as_json), open_run(group, name, config, name=run_name, argv=argv) as run:
+        dashboard = command.dashboard or bool(recorder)  # it names the actors that are recorded
+        summary = _perform(run, module.run, config, ray=command.ray, dashboard=dashboard, recorder=recorder)
     show(summary, run.folder, as_json)
+
+
+def go_on(folder: Path, work: Work, config: Config, *, argv: Sequence[str], as_json: bool) -> None:
+    """Do ``work(config, run)`` in the run folder of a command that was cut short, as ``execute`` does.
+
+    Raises what the work raises.
+    """
+    catch_signals()
+    with _aside(as_json), reopen_run(folder, config, argv=argv) as run:
+        summary = _perform(run, work, config, ray=True)
+    show(summary, folder, as_json)
+
+
+@contextmanager
+def _aside(as_json: bool) -> Iterator[None]:
+    """Ray prints what its daemons say on stdout, where --json promises nothing but the summary."""
+    with redirect_stdout(sys.stderr) if as_json else nullcontext(), one_exit_code():
+        yield
+
+
+def _perform(
+    run: Run, work: Work, config: Config, *, ray: bool, dashboard: bool = True, recorder: str = ""
+) -> dict[str, Any]:
+    """The summary of ``work``, done in a Ray session where it needs one, with its report written."""
+    begun = time.monotonic()
+    if ray:
+        from workbench.session import connect, hosts
+    with connect(dashboard) if ray else nullcontext(False) as run.owns_ray:
+        catch_signals()  # Ray has put its own handler in place
+        if ray:
+            run.hosts(hosts())
+        profiler = importlib.import_module(recorder) if recorder else None
+        with profiler.recording(run) if profiler else nullcontext(), phase(run.command), run.marked_when_stopped():
+            summary = work(config, run)
+        if profiler:
+            profiler.add_to_report(run)
+    summary = redact({**summary, "seconds": round(time.monotonic() - begun, 1)})
+    finish(run, summary)
+    return summary
 
 
 class Plan(Protocol):

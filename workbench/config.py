@@ -247,6 +247,14 @@ def _parse_override(override: str) -> tuple[str, Any]:
         raise UserError(f"override '{override}': the value is not valid YAML: {error}") from None
 
 
+def read_value(text: str) -> Any:
+    """The value that ``text`` is as YAML, read as a config's are. Raises ValueError for what is no YAML."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(str(error)) from None
+
+
 def _assign(data: dict[str, Any], key: str, value: Any, override: str) -> None:
     *parents, last = key.split(".")
     level: Any = data

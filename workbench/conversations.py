@@ -6,6 +6,7 @@ chat      {"messages": [{"role": "user", "content": ...}, {"role": "assistant", 
 """
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -107,8 +108,8 @@ def _message(turn: Any, who: str, what: str) -> Message:
     content = turn.get(what)
     if isinstance(content, Sequence) and not isinstance(content, str):  # parts, of which only text is read
         content = "\n".join(str(part.get("text") or "") for part in content if isinstance(part, Mapping))
-    if content is None and turn.get("tool_calls"):
-        content = ""
+    if not content and (calls := turn.get("tool_calls")):
+        content = json.dumps(calls, ensure_ascii=False, default=str)
     return Message(ROLES[role.lower()], _text(content, what))
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +44,27 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 
 def fingerprint(path: Path) -> str:
-    """SHA-256 (hex, 16 digits) of a file's bytes, or of every file's relative name and bytes in a folder.
+    """SHA-256 (hex, 16 digits) of a file's bytes, or of every file's relative name and bytes in a folder. Links are
+    followed, but not back into a folder above.
 
     Raises FileNotFoundError if there is neither.
     """
     if not path.exists():
         raise FileNotFoundError(path)
     digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    files = [path] if path.is_file() else sorted(_files_below(path, frozenset()))
     for file in files:
-        digest.update(file.relative_to(path).as_posix().encode() + b"\0")
+        digest.update(os.fsencode(file.relative_to(path)) + b"\0")
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def _files_below(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
+    above |= {folder.resolve()}
+    for path in folder.iterdir():
+        if path.is_file():
+            yield path
+        elif path.is_dir() and path.resolve() not in above:
+            yield from _files_below(path, above)

@@ -4,12 +4,14 @@ import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 PREFIX = "wb-"  # short: Ray's socket paths must stay under 107 characters
 LOCK = "owner.lock"
+ENDING_SECONDS = 10.0
 
 
 @contextmanager
@@ -23,8 +25,16 @@ def ray_folder() -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
         os.close(lock)
+
+
+def _remove(folder: Path) -> None:
+    """Remove ``folder``, in which processes that are just ending may still write."""
+    deadline = time.monotonic() + ENDING_SECONDS
+    while folder.exists() and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.05)
 
 
 def remove_abandoned() -> None:
@@ -39,6 +49,6 @@ def remove_abandoned() -> None:
         except BlockingIOError:
             continue
         else:
-            shutil.rmtree(file.parent, ignore_errors=True)
+            _remove(file.parent)
         finally:
             os.close(lock)

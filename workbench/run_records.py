@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from workbench.cost import cards_of, cost, read_energy, read_prices
 from workbench.files import fingerprint, read_record
 from workbench.runs import describe_environment, find_runs, run_id, state_of
 
@@ -93,6 +94,7 @@ def record_row(folder: Path) -> dict[str, Any]:
         "commit": record.environment.get("git_commit", ""),
         "clean": record.environment.get("git_clean", False),
         "host": status.get("host", ""),
+        "cost": cost(seconds, cards_of(record.config), read_energy(folder), read_prices()),
         "summary": record.summary,
         "folder": str(folder),
     }

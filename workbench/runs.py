@@ -27,6 +27,7 @@ from typing import Any
 from workbench.config import CHECKOUT, Config, dump, runs_root, submitted_commit
 from workbench.errors import UserError
 from workbench.files import fingerprint, read_json, read_record, write_atomic, write_json
+from workbench.marks import mark
 from workbench.redact import redact, redact_argument
 from workbench.report import Report
 from workbench.tracking import Tracker
@@ -90,8 +91,9 @@ class Run:
 
     def say(self, text: str) -> None:
         """Tell what was found so far: a line on stderr, and the progress that watchers read in ``status.json``."""
-        print(redact(text), file=sys.stderr, flush=True)
         self._write_status(progress=text)
+        mark("said", redact(text))
+        print(redact(text), file=sys.stderr, flush=True)
 
     @contextmanager
     def marked_when_stopped(self) -> Iterator[None]:
@@ -130,22 +132,57 @@ def open_run(
         state="running", command=run.command, started=_now().isoformat(timespec="seconds"), pid=os.getpid(),
         host=socket.gethostname(), progress="",
     )  # fmt: skip
-    begun = time.monotonic()
-    state, detail, refused = "failed", "", False
     try:
+        with _recorded(run):
+            yield run
+    except UserError:
+        if not (folder / "artifacts").exists():  # found before any work: nothing is kept of it
+            shutil.rmtree(folder, ignore_errors=True)
+            if first:
+                with suppress(OSError):  # another run has come
+                    folder.parent.rmdir()
+        raise
+
+
+@contextmanager
+def reopen_run(folder: Path, config: Config, argv: Sequence[str] = ()) -> Iterator[Run]:
+    """Yield the Run of a folder whose command goes on where it was cut short, and mark how it ended.
+
+    What it goes on with is added to ``environment.json``.
+    """
+    status = read_record(folder / "status.json") or {}
+    run = Run(folder, config, status.get("command", folder.parent.name.replace("-", " ", 1)))
+    run._inputs |= read_record(folder / "inputs.json") or {}
+    before = read_record(folder / "environment.json") or {}
+    again = {**describe_environment(argv), "started": _now().isoformat(timespec="seconds")}
+    write_json(folder / "environment.json", {**before, "resumed": [*before.get("resumed", []), again]})
+    (folder / "summary.json").unlink(missing_ok=True)
+    run._write_status(
+        state="running", command=run.command, started=status.get("started", again["started"]), pid=os.getpid(),
+        host=socket.gethostname(), progress="",
+    )  # fmt: skip
+    with _recorded(run):
         yield run
+
+
+@contextmanager
+def _recorded(run: Run) -> Iterator[None]:
+    """Write how the block ended to ``status.json``, and an error to ``error.txt``."""
+    begun = time.monotonic()
+    state, detail = "failed", ""
+    try:
+        yield
         state = "finished"
     except (KeyboardInterrupt, SystemExit) as stop:
         state = "interrupted"
         detail = type(stop).__name__
         raise
     except UserError:
-        refused = not (folder / "artifacts").exists()
         detail = "refused"
         raise
     except BaseException as error:
         detail = str(error) or type(error).__name__
-        write_atomic(folder / "error.txt", redact(traceback.format_exc()))
+        write_atomic(run.folder / "error.txt", redact(traceback.format_exc()))
         raise
     finally:
         run._write_status(
@@ -153,11 +190,6 @@ def open_run(
             seconds=round(time.monotonic() - begun, 1),
         )  # fmt: skip
         run.tracker.close()
-        if refused:  # the user's mistake, found before any work: nothing is kept of it
-            shutil.rmtree(folder, ignore_errors=True)
-            if first:
-                with suppress(OSError):  # another run has come
-                    folder.parent.rmdir()
 
 
 def finish(run: Run, summary: Mapping[str, Any]) -> None:

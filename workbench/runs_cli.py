@@ -23,6 +23,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, nothing else."
 
 def print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
     """Runs as ``record_row`` gives them: as JSON, or a line each."""
+    from workbench.cost import cost_text
     from workbench.run_records import few_figures
 
     if as_json:
@@ -33,7 +34,7 @@ def print_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
         commit = row["commit"][:8] + ("" if row["clean"] or not row["commit"] else "*")
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f} s"
         line = f"{row['id']:<{width}}  {row['state']:<11}  {row['started'][:16]}  {seconds:>10}  {commit:<9}"
-        print(f"{line}  {few_figures(row['summary'])}".rstrip())
+        print("  ".join(filter(None, [line, cost_text(row.get("cost")), few_figures(row["summary"])])).rstrip())
     if not rows:
         print("no runs", file=sys.stderr)
 

@@ -141,13 +141,16 @@ def hosts() -> list[dict[str, Any]]:
 
 
 @contextmanager
-def connect() -> Iterator[bool]:
-    """Hold a connection to Ray for the block, yielding whether it is our own; then it ends with it, its files too."""
+def connect(dashboard: bool = True) -> Iterator[bool]:
+    """Hold a connection to Ray for the block, yielding whether it is our own; then it ends with it, its files too.
+
+    One of our own has no ``dashboard`` where nobody needs it.
+    """
     with attach() as attached:
         if attached:
             yield False
             return
-    with _own_ray():
+    with _own_ray(dashboard):
         yield True
 
 
@@ -206,7 +209,7 @@ def _use_token(token_file: Path) -> None:
 
 
 @contextmanager
-def _own_ray() -> Iterator[None]:
+def _own_ray(dashboard: bool) -> Iterator[None]:
     import ray
 
     _use_token(make_token(state_folder() / "auth_token"))
@@ -216,7 +219,7 @@ def _own_ray() -> Iterator[None]:
             ray.init(
                 address="local",
                 namespace=NAMESPACE,
-                include_dashboard=True,  # Ray Train's clean-up inside Tune asks the dashboard's State API
+                include_dashboard=dashboard,  # Ray Train's clean-up inside Tune asks the dashboard's State API
                 dashboard_host="127.0.0.1",
                 _node_ip_address=LOOPBACK,
                 object_store_memory=object_store_bytes(),

@@ -8,6 +8,7 @@ metrics: the driver, or a worker of rank 0.
 import json
 import math
 import netrc
+import secrets
 import sys
 import time
 from collections.abc import Callable
@@ -16,9 +17,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from workbench.config import adopt_environment, default_environment, environment
+from workbench.files import read_json, write_json
 
 MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 """What ``WANDB_MODE`` may be, with wandb's older names, and what it means."""
+
+WANDB_IDENTITY = "wandb/identity.json"
+"""Id and name under which W&B knows a run. One that goes on elsewhere takes it along, and W&B goes on with the same."""
 
 INIT_TIMEOUT_SECONDS = 20.0
 """How long a run waits for W&B's server before it goes on offline."""
@@ -80,11 +85,15 @@ def _line(error: Exception) -> str:
 class Tracker:
     """Appends metrics of one run; the writers start with the first row, so a run without metrics costs nothing.
 
-    ``first_step`` is where a run goes on that was cut short: TensorBoard forgets what it saw from there on.
+    ``first_step`` is where a run goes on that was cut short: TensorBoard forgets what it saw from there on. Without
+    ``offline`` W&B is left out where it would only write files.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any] | None = None, first_step: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, config: dict[str, Any] | None = None, first_step: int | None = None, offline: bool = True
+    ) -> None:
         self.folder = folder
+        self._offline = offline
         self._config = config or {}
         self._first_step = first_step
         self._started = False
@@ -132,7 +141,7 @@ class Tracker:
 
     def _start_wandb(self) -> Any:
         mode = wandb_mode()
-        if mode == "disabled":
+        if mode == "disabled" or (mode == "offline" and not self._offline):
             return None
         _quiet_import()
         import wandb
@@ -140,18 +149,27 @@ class Tracker:
         settings = wandb.Settings(
             console="off", silent=True, disable_git=True, save_code=False, init_timeout=INIT_TIMEOUT_SECONDS
         )
-        group, name = self.folder.parent.name, self.folder.name
-        (self.folder / "wandb").mkdir(exist_ok=True)
+        group, again = self.folder.parent.name, (self.folder / WANDB_IDENTITY).exists()
+        identity = self._wandb_identity()
         for attempt in dict.fromkeys([mode, "offline"]):
             try:
                 return wandb.init(
-                    project="workbench", group=group, name=name, dir=str(self.folder), config=self._config,
-                    mode=attempt, settings=settings,
+                    project="workbench", group=group, dir=str(self.folder), config=self._config, mode=attempt,
+                    settings=settings, resume="allow" if again and attempt == "online" else None, **identity,
                 )  # fmt: skip
             except Exception as error:  # a wrong key, no network, a full disk: never the end of a run
                 then = "it runs offline" if attempt == "online" else "this run goes on without it"
                 print(f"W&B did not start, {then}: {_line(error)}", file=sys.stderr)
+                wandb.teardown()  # its process holds the id of the run that did not start
         return None
+
+    def _wandb_identity(self) -> dict[str, str]:
+        file = self.folder / WANDB_IDENTITY
+        file.parent.mkdir(exist_ok=True)
+        if not file.exists():
+            write_json(file, {"id": secrets.token_hex(4), "name": self.folder.name})
+        known: dict[str, str] = read_json(file)
+        return known
 
     def _to_wandb(self, trouble: str, act: Callable[[Any], object]) -> None:
         """Do ``act`` with the W&B run, which is given up if it fails: the other writers go on."""

@@ -13,6 +13,9 @@ Turns = Sequence[dict[str, str]]
 Span = tuple[int, int]
 """Characters ``[start, end)`` of a text."""
 
+OF_ITS_CODE = (TypeError, ValueError, LookupError, ArithmeticError)
+"""What a template's own expressions raise, beside Jinja's errors."""
+
 
 @dataclass(frozen=True)
 class NamedTemplate:
@@ -119,7 +122,7 @@ def render(turns: Turns, tokenizer: Any, prompt: bool = False) -> str:
 
     try:
         text: str = tokenizer.apply_chat_template(list(turns), add_generation_prompt=prompt, tokenize=False)
-    except TemplateError as error:
+    except (TemplateError, *OF_ITS_CODE) as error:
         raise UserError(f"the chat template does not take this conversation: {error}") from None
     return text
 
@@ -163,7 +166,7 @@ def _marked(turns: Turns, tokenizer: Any, template: str) -> tuple[str, list[Span
             conversations=[list(turns)], chat_template=template, return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,
         )  # fmt: skip
-    except TemplateError as error:
+    except (TemplateError, *OF_ITS_CODE) as error:
         raise UserError(f"the chat template does not take this conversation: {error}") from None
     return texts[0], [(start, end) for start, end in spans[0]]
 

@@ -10,6 +10,7 @@ of the hub, or a folder that ``datasets`` wrote. The form is told by the first r
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from workbench.errors import UserError
 from workloads.sources import HUB
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+HALF_PAIR = re.compile("[\ud800-\udfff]")
 FORMS = "instruction and output (Alpaca), conversations (ShareGPT) or messages (chat)"
 
 
@@ -61,6 +63,11 @@ def data_files(paths: Sequence[Path]) -> list[Path]:
 def conversations(paths: Sequence[Path]) -> Iterator[Conversation]:
     """Every row of ``paths`` in order. Raises UserError with file and row of one that is not of its file's form, and
     for a file without rows."""
+    return (conversation for conversation, _ in with_records(paths))
+
+
+def with_records(paths: Sequence[Path]) -> Iterator[tuple[Conversation, dict[str, Any]]]:
+    """As ``conversations``, each with the columns that it was read from."""
     for file in data_files(paths):
         form: Form | None = None
         for number, record in records(file):
@@ -70,7 +77,7 @@ def conversations(paths: Sequence[Path]) -> Iterator[Conversation]:
                 messages = messages_of(record, form)
             except SchemaError as error:
                 raise UserError(f"{place}: {error}") from None
-            yield Conversation(messages, source_of(record, file, number))
+            yield Conversation(messages, source_of(record, file, number)), record
         if form is None:
             raise UserError(f"data: no rows in {file}")
 
@@ -84,8 +91,12 @@ def write_conversations(rows: Iterable[Conversation], file: Path) -> None:
 
 def read_conversations(file: Path, start: int = 0, end: int | None = None) -> Iterator[Conversation]:
     """What ``write_conversations`` wrote, or the lines of it that begin in the bytes ``[start, end)``."""
-    for row in json_lines(file, start, end):
-        yield Conversation([Message(**turn) for turn in row["messages"]], row["id"])
+    return map(conversation_of, json_lines(file, start, end))
+
+
+def conversation_of(row: Mapping[str, Any]) -> Conversation:
+    """The conversation of a line that ``write_conversations`` wrote."""
+    return Conversation([Message(**turn) for turn in row["messages"]], row["id"])
 
 
 def json_lines(file: Path, start: int = 0, end: int | None = None) -> Iterator[dict[str, Any]]:
@@ -121,20 +132,30 @@ def _lines(file: Path) -> Iterator[tuple[int, Any]]:
         raise UserError(f"{file}:{number}: not JSON: {error.msg}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file}:{number + 1}: not UTF-8: {error.reason}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise UserError(f"{file}:{number}: JSON that cannot be read: {error}") from None
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from None
 
 
 def _array(file: Path) -> Iterator[tuple[int, Any]]:
-    with file.open(encoding="utf-8") as stream:
-        opening = stream.read(4096).lstrip()[:1]
-    if opening != "[":  # JSON Lines by another name
-        yield from _lines(file)
-        return
     try:
-        yield from enumerate(json.loads(file.read_text(encoding="utf-8")), 1)
+        with file.open("rb") as stream:
+            opening = stream.read(4096).lstrip()[:1]
+        rows = json.loads(file.read_text(encoding="utf-8")) if opening == b"[" else None
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: not JSON: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        line = 1 + error.object.count(b"\n", 0, error.start)
+        raise UserError(f"{file}:{line}: not UTF-8: {error.reason}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: JSON that cannot be read: {error}") from None
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from None
+    if rows is None:  # JSON Lines by another name
+        yield from _lines(file)
+    else:
+        yield from enumerate(rows, 1)
 
 
 def _parquet(file: Path) -> Iterator[tuple[int, Any]]:
@@ -186,13 +207,24 @@ def _form(record: Mapping[str, Any], place: str) -> Form:
 def messages_of(record: Mapping[str, Any], form: Form) -> list[Message]:
     """The messages of a row, which are words alone. Raises SchemaError where it is not of ``form``."""
     if form == "text":
-        if not record.get("conversation"):
-            raise SchemaError("a document without a conversation: audit the set with form=alpaca, sharegpt or chat")
-        return [Message(role, content) for role, content in json.loads(record["conversation"])]
-    messages = read_exchange(record, form, ExchangeColumns())
-    if form != "alpaca":
-        _check_words_alone(record.get("messages" if form == "chat" else "conversations") or ())
+        messages = _written_down(record.get("conversation"))
+    else:
+        messages = read_exchange(record, form, ExchangeColumns())
+        if form != "alpaca":
+            _check_words_alone(record.get("messages" if form == "chat" else "conversations") or ())
+    if any(HALF_PAIR.search(message.content) for message in messages):
+        raise SchemaError("a message with half of a surrogate pair, which is no character: no tokenizer takes it")
     return messages
+
+
+def _written_down(conversation: Any) -> list[Message]:
+    """The messages that an audit wrote into a document."""
+    if not conversation:
+        raise SchemaError("a document without a conversation: audit the set with form=alpaca, sharegpt or chat")
+    try:
+        return [Message(role, content) for role, content in json.loads(conversation)]
+    except (TypeError, ValueError):
+        raise SchemaError(f"'conversation' is not what an audit writes: a row has {FORMS}") from None
 
 
 def _check_words_alone(turns: Sequence[Mapping[str, Any]]) -> None:
@@ -200,6 +232,10 @@ def _check_words_alone(turns: Sequence[Mapping[str, Any]]) -> None:
     for turn in turns:
         if turn.get("tool_calls"):
             raise SchemaError("a message with tool_calls, which cannot be trained on: write the call as its content")
-        content = turn.get("content")
-        if isinstance(content, list) and any(part.get("type", "text") != "text" for part in content):
+        content = turn.get("content", turn.get("value"))
+        if isinstance(content, list) and not all(map(_is_words, content)):
             raise SchemaError("a message with parts that are no text")
+
+
+def _is_words(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type", "text") == "text"

@@ -19,6 +19,7 @@ from workloads.sources import check_model
 from workloads.training.config import PreferenceKind
 
 if TYPE_CHECKING:
+    from workloads.plan import RunPlan
     from workloads.prepared import Prepared
     from workloads.training.trainable import Coverage
 
@@ -36,7 +37,7 @@ class DpoConfig(TuningConfig):
     sft_weight: float = Field(0.0, ge=0, description="weight of the chosen answer's cross-entropy per token")
     batch_size: int = Field(16, ge=1, description="pairs in one step, over all workers")
     micro_batch_size: int = Field(0, ge=0, description="pairs in one forward pass of a worker; 0: its whole share")
-    learning_rate: float = Field(2e-5, gt=0, description="peak of the schedule")
+    learning_rate: float = Field(2e-5, gt=0, allow_inf_nan=False, description="peak of the schedule")
     max_length: int = Field(1024, ge=8, description="tokens of a prompt and an answer; over it the prompt is cut")
 
     @field_validator("method")
@@ -66,12 +67,24 @@ def check(config: DpoConfig) -> None:
     look(config)
 
 
+def plan(config: DpoConfig) -> "RunPlan":
+    """What each card will have to hold, for ``--plan``. Raises UserError for a base that cannot be trained so."""
+    from workloads.plan import plan_run
+
+    check_model("base", config.base)
+    coverage(config)
+    return plan_run(config)
+
+
 def run(config: DpoConfig, run: Run) -> Summary:
     """Prepare the pairs, train on Ray Train workers, merge, and report."""
+    from cluster.nodes import member_nodes
+    from workloads.plan import check_memory
     from workloads.training.ray_train import check_placement, fit
 
     check(config)
     check_placement(config)
+    needed = check_memory(config, member_nodes(), run.say)
     covered = coverage(config)
     run.say(covered.text())
     from workloads.fine_tune import tuning_worker
@@ -81,7 +94,7 @@ def run(config: DpoConfig, run: Run) -> Summary:
     result = run.artifact("adapter")
     payload = {
         "config": config, "result": str(result), "questions": rows.questions,
-        "train": str(rows.train), "validation": str(rows.validation),
+        "train": str(rows.train), "validation": str(rows.validation), "needed": needed,
     }  # fmt: skip
     done = fit(tuning_worker, payload, config, run)
     run.say("merging the adapter into the base")

@@ -65,13 +65,29 @@ class Counts:
         return Counts(**{**total, "shortest_answer": min(shortest, default=0)})
 
 
+Encoded = list[tuple[int, Row, Counts]]
+"""Rows with the places of their conversations among those given, and what became of each."""
+
+
 def encode(rows: Sequence[Conversation], tokenizer: Any, recipe: Recipe) -> tuple[list[Row], Counts]:
     """The rows of those conversations that have an answer to learn, in their order, and what became of them all.
 
     Raises UserError, with the row's source, where the chat template does not take a conversation.
     """
-    encoded, counts = [], Counts()
-    wanted = [row for row in rows if recipe.train_on == "all" or _answered(row, recipe.train_on)]
+    encoded = encode_each(rows, tokenizer, recipe)
+    return [row for _, row, _ in encoded], total(encoded, len(rows))
+
+
+def total(encoded: Encoded, given: int) -> Counts:
+    """What became of the ``given`` conversations that ``encoded`` was made of."""
+    return sum((counts for *_, counts in encoded), Counts(rows_dropped=given - len(encoded)))
+
+
+def encode_each(rows: Sequence[Conversation], tokenizer: Any, recipe: Recipe) -> Encoded:
+    """As ``encode``, row by row."""
+    encoded: Encoded = []
+    places = [n for n, row in enumerate(rows) if recipe.train_on == "all" or _answered(row, recipe.train_on)]
+    wanted = [rows[number] for number in places]
     rendered = [_answers(row, tokenizer, recipe.train_on == "last_answer") for row in wanted]
     texts = [text for text, _ in rendered]
     tokens = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False) if texts else {}
@@ -91,8 +107,7 @@ def encode(rows: Sequence[Conversation], tokenizer: Any, recipe: Recipe) -> tupl
             continue
         labels = np.where(learned_T, ids, IGNORE)[kept].tolist()
         made = Row(ids[kept], labels, (row.source,))
-        encoded.append(made)
-        counts += Counts(
+        counts = Counts(
             rows=1,
             rows_cut=len(made.ids) < end,
             answers_cut=kept.stop < end,
@@ -103,7 +118,8 @@ def encode(rows: Sequence[Conversation], tokenizer: Any, recipe: Recipe) -> tupl
             shortest_answer=len(last),
             largest_id=max(made.ids),
         )
-    return encoded, counts + Counts(rows_dropped=len(rows) - len(encoded))
+        encoded.append((places[place], made, counts))
+    return encoded
 
 
 def _edges(offsets: Any) -> np.ndarray:

@@ -2,8 +2,9 @@
 
     workbench train eval configs/demo/eval.yaml limit=500
 
-Both models answer the same chat prompts greedily. A third column is no model at all: each task's commonest answer in
-the training rows. Intervals are 95%: Wilson for a share, a bootstrap over molecules for a difference.
+Both models answer the same chat prompts greedily; of a conversation its last answer is asked for. A third column is no
+model at all: each task's commonest answer in the training rows. Intervals are 95%: Wilson for a share, a bootstrap over
+molecules for a difference.
 """
 
 import json
@@ -20,7 +21,7 @@ from workloads.chemistry import commonest_answers
 from workloads.instructions import (
     Instruction,
     load_instructions,
-    read_jsonl,
+    read_questions,
     refuse_other_split,
     user_message,
     write_jsonl,
@@ -30,6 +31,8 @@ from workloads.sources import CHEMISTRY, DataSource, ModelSource, check_model
 
 SIDES = ("base", "tuned", "majority")
 
+PARTIAL = "Partial: F1 of the words; of functional groups the overlap over the union."
+
 
 class EvalConfig(Placed):
     """Config of ``train eval``."""
@@ -38,7 +41,7 @@ class EvalConfig(Placed):
 
     base: ModelSource = Field(description="model folder or hub name")
     tuned: ModelSource = Field(description="model or adapter folder")
-    data: DataSource = Field(CHEMISTRY, description="chemistry, or the files that sft was given, of Alpaca rows")
+    data: DataSource = Field(CHEMISTRY, description="chemistry, or the files that sft was given, of any form")
     split_seed: int = Field(0, description="as in sft: which molecules, or rows, are held out")
     limit: int = Field(600, ge=10, description="held-out questions")
     batch_size: int = Field(64, ge=1, description="questions answered at once")
@@ -54,7 +57,7 @@ def check(config: EvalConfig) -> None:
         check_model(name, source)
         refuse_other_split(source, config.data, config.split_seed)
     if config.data != CHEMISTRY:
-        read_jsonl([Path(file) for file in config.data])
+        read_questions([Path(file) for file in config.data])
 
 
 def run(config: EvalConfig, run: Run) -> Summary:
@@ -86,7 +89,8 @@ def run(config: EvalConfig, run: Run) -> Summary:
     said = {"base": base, "tuned": tuned, "majority": [majority.get(row["task"], "") for row in rows]}
     scored = [
         {**row, **{side: said[side][i] for side in SIDES},
-         **{f"{side}_right": is_right(row["task"], said[side][i], row["output"]) for side in SIDES}}
+         **{f"{side}_right": is_right(row["task"], said[side][i], row["output"]) for side in SIDES},
+         **{f"{side}_partial": partial_credit(row["task"], said[side][i], row["output"]) for side in SIDES}}
         for i, row in enumerate(rows)
     ]  # fmt: skip
     run.artifact("answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in scored))
@@ -108,10 +112,11 @@ def _answer(
 def summarise(scored: list[dict[str, Any]], seed: int) -> Summary:
     """Accuracies, and the differences of tuned from base and from majority, each with its 95% interval."""
     right = {side: [bool(row[f"{side}_right"]) for row in scored] for side in SIDES}
-    clusters = [row.get("smiles", str(index)) for index, row in enumerate(scored)]
+    clusters = [row.get("smiles") or str(index) for index, row in enumerate(scored)]
     summary: Summary = {"questions": len(scored)}
     for side in SIDES:
         summary[f"accuracy_{side}"] = sum(right[side]) / len(scored)
+        summary[f"partial_{side}"] = sum(row[f"{side}_partial"] for row in scored) / len(scored)
         summary[f"accuracy_{side}_low"], summary[f"accuracy_{side}_high"] = wilson(sum(right[side]), len(scored))
     for other in ("base", "majority"):
         low, high = paired_difference(right["tuned"], right[other], clusters, seed=seed)
@@ -131,7 +136,8 @@ def by_task(scored: list[dict[str, Any]]) -> list[dict[str, Any]]:
             right = sum(bool(row[f"{side}_right"]) for row in rows)
             entry[side] = right / len(rows)
             entry[f"{side} 95%"] = wilson(right, len(rows))
-        entry["tuned, partial"] = sum(partial_credit(task, row["tuned"], row["output"]) for row in rows) / len(rows)
+        for side in ("base", "tuned"):
+            entry[f"{side}, partial"] = sum(row[f"{side}_partial"] for row in rows) / len(rows)
         table.append(entry)
     return sorted(table, key=lambda entry: entry["majority"] - entry["tuned"])
 
@@ -147,7 +153,7 @@ def report(run: Run, scored: list[dict[str, Any]], summary: Summary, facts: dict
         "Accuracy by task", accuracy_bars(tasks), "Share of exact answers; bars are 95% Wilson intervals."
     )
     shown = [{k: f"{v[0]:.2f} to {v[1]:.2f}" if isinstance(v, tuple) else v for k, v in e.items()} for e in tasks]
-    run.report.table("Accuracy by task", shown, "Partial: overlap of the named functional groups over their union.")
+    run.report.table("Accuracy by task", shown, PARTIAL)
     for title, better in (("Right only after tuning", True), ("Wrong only after tuning", False)):
         rows = [row for row in scored if row["base_right"] is not better and row["tuned_right"] is better]
         run.report.table(f"{title}: {len(rows)}", [_example(row) for row in rows[:8]])

@@ -1,7 +1,7 @@
 """One fine-tuning: what a Ray Train worker of ``train sft`` and ``dpo`` and a trial of ``tune run`` all do."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,25 +10,29 @@ import torch
 
 from workloads.chat_templates import load_tokenizer
 from workloads.dpo import DpoConfig
-from workloads.prepared import training_rows
+from workloads.prepared import batches_of
 from workloads.sft import SftConfig
+from workloads.streaming import StreamedBatches
 from workloads.tokenized import TokenRows
 from workloads.training.adapters import add_adapter, load_base, save_adapter, target_names, trainable_parameters
-from workloads.training.batches import Batches, Row
+from workloads.training.batches import Row
 from workloads.training.checkpoint import Export
 from workloads.training.compiling import prepare_layers
-from workloads.training.devices import device_of
+from workloads.training.devices import check_cards, device_of
 from workloads.training.distillation import distillation
-from workloads.training.fsdp import full_state, shard, sharded_bytes
+from workloads.training.fsdp import full_state, sharded_bytes
 from workloads.training.history import History
 from workloads.training.loop import Events, train
+from workloads.training.nf4 import kernel_for
 from workloads.training.objective import Objective
 from workloads.training.packing import check_packing
 from workloads.training.pairs import Pairs
+from workloads.training.pieces import Pieces
 from workloads.training.preference_loss import PreferenceLoss
 from workloads.training.ray_train import WorkerEvents
 from workloads.training.resume import SAMPLES
 from workloads.training.samples import Sampler
+from workloads.training.strategies import is_fsdp, loads_on, optimizer_of, shard_model
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,14 @@ def tuning_worker(payload: dict[str, Any]) -> dict[str, Any]:
     import ray.train
 
     config: SftConfig | DpoConfig = payload["config"]
-    rank = ray.train.get_context().get_world_rank()
-    rows, validation = (TokenRows(Path(payload[part])) for part in ("train", "validation"))
+    rank, device = ray.train.get_context().get_world_rank(), device_of(config)
+    check_cards(payload["needed"], device, config.request().gpu_share)
+    stream, validation = payload.get("stream"), TokenRows(Path(payload["validation"]))
+    rows = TokenRows(Path(payload["train"])) if stream is None else StreamedBatches(stream)
     export = export_adapter if config.method == "lora" else None
     with WorkerEvents(Path(payload["run_folder"]), rank, config, export) as events:
         done = fine_tune(
-            config, rows, validation, device=device_of(config), events=events, result=Path(payload["result"]),
+            config, rows, validation, device=device, events=events, result=Path(payload["result"]),
             rank=rank, questions=payload["questions"],
         )  # fmt: skip
     storage: list[Any] = [done.storage]
@@ -67,7 +73,7 @@ def tuning_worker(payload: dict[str, Any]) -> dict[str, Any]:
 
 def fine_tune(
     config: SftConfig | DpoConfig,
-    rows: Sequence[Row],
+    rows: Sequence[Row] | StreamedBatches,
     validation: Sequence[Row],
     *,
     device: torch.device,
@@ -75,31 +81,31 @@ def fine_tune(
     result: Path,
     rank: int = 0,
     questions: Sequence[tuple[str, str]] = (),
+    load: Callable[..., Any] = load_base,
 ) -> FineTuned:
-    """Fine-tune ``config.base`` on ``rows`` and write the adapter (or, with method full, the model) to ``result``,
-    with the tokenizer and its chat template. Runs on every rank of the process group, or alone where there is none.
+    """Fine-tune ``config.base`` on ``rows``, or on batches that are still being made, and write the adapter (or, with
+    method full, the model) to ``result``, with the tokenizer and its chat template. Runs on every rank of the process
+    group, or alone where there is none.
 
     For a DpoConfig the rows, also those of ``validation``, are chosen and rejected answers in turn.
-    ``questions`` are (prompt, right answer) that the model is asked meanwhile.
+    ``questions`` are (prompt, right answer) that the model is asked meanwhile. ``load`` stands in for ``load_base``.
     """
     tokenizer = load_tokenizer(config.base, config.chat_template)
 
-    model = load_base(
-        config.base, config.compute_dtype, config.quantization, device,
-        kernel=config.nf4_kernel, unquantized=target_names(config.adapter),
-    )  # fmt: skip
+    kernel: Any = kernel_for(config.nf4_kernel, device)
+    what = config.base, config.compute_dtype, config.quantization, loads_on(config, device)
+    pieces = Pieces.of(*what, kernel) if load is load_base and is_fsdp(config) else None
+    model = pieces.model if pieces else load(*what, kernel=kernel, unquantized=target_names(config.adapter))
     torch.manual_seed(config.seed)  # the same new adapter on every rank
     if config.method == "lora":
         model = add_adapter(model, config.adapter)
+    trained = sum(parameter.numel() for parameter in trainable_parameters(model))
+    prepare_layers(model, config)
+    shard_model(model, config, device, pieces.fill if pieces else None)
     if isinstance(config, SftConfig) and config.packing:
         check_packing(model, min(2, config.micro_batch_size or config.batch_size // config.workers))
-    prepare_layers(model, config)
-    if torch.distributed.is_initialized() and config.strategy == "fsdp2":
-        shard(model, getattr(torch, config.compute_dtype))
     objective = _objective(config, device)
-    optimizer = torch.optim.AdamW(
-        trainable_parameters(model), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
-    )
+    optimizer = optimizer_of(model, config)
     history, sampler = History(), None
     if isinstance(events, WorkerEvents):
         history = events.resume(model, optimizer)
@@ -111,7 +117,7 @@ def fine_tune(
 
     history = train(
         model,
-        Batches(training_rows(rows, config), config.batch_size, config.seed),
+        rows if isinstance(rows, StreamedBatches) else batches_of(rows, config),
         config,
         validation=Pairs(validation) if isinstance(config, DpoConfig) else validation,
         events=events,
@@ -127,7 +133,7 @@ def fine_tune(
         save_adapter(model, state, result)
         tokenizer.save_pretrained(str(result))
         (result / "history.json").write_text(json.dumps({"train": history.train, "validation": history.validation}))
-    return FineTuned(history, storage, sum(p.numel() for p in optimizer.param_groups[0]["params"]), start)
+    return FineTuned(history, storage, trained, start)
 
 
 def _objective(config: SftConfig | DpoConfig, device: torch.device) -> Objective | None:

@@ -1,8 +1,9 @@
-"""Instruction rows {instruction, input, output, task}: questions with one right answer, of chemistry or of files."""
+"""Questions with one right answer: instruction rows {instruction, input, output, task} of chemistry, and conversations
+of files, of which the last answer is asked for."""
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 from workbench.conversations import Message
 from workbench.errors import UserError
 from workloads.chemistry import check_split, instruction_rows, load_molecules, split_by_scaffold
-from workloads.conversations import Conversation, data_files, records
+from workloads.conversations import Conversation, with_records
 from workloads.sources import CHEMISTRY
 
-Instruction = dict[str, str]
+Instruction = dict[str, Any]
+"""Texts, and for a conversation its ``turns`` up to the answer."""
 
 SPLIT_FILE = "chemistry_split.json"
 """Beside a model's weights: which chemistry split it was trained on, so that no test molecule is trained on later."""
@@ -26,8 +28,8 @@ def user_message(row: Instruction) -> str:
 
 def prompt(row: Instruction, tokenizer: Any) -> str:
     """The chat prompt up to where the answer begins."""
-    message = [{"role": "user", "content": user_message(row)}]
-    text: str = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    turns = row.get("turns") or [{"role": "user", "content": user_message(row)}]
+    text: str = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     return text
 
 
@@ -36,19 +38,22 @@ def as_conversation(row: Instruction, source: str) -> Conversation:
     return Conversation([Message("user", user_message(row)), Message("assistant", row["output"])], source)
 
 
-def read_jsonl(files: Sequence[Path]) -> list[Instruction]:
-    """Rows of JSONL, JSON or Parquet files of instruction, output and maybe more; no task is "all". Raises UserError
-    with file and line of a bad row."""
-    rows = []
-    for file in data_files(files):
-        for number, row in records(file):
-            missing = [key for key in ("instruction", "output") if not row.get(key)]
-            if missing:
-                raise UserError(f"{file}:{number}: no {' and no '.join(missing)}; a row has instruction, input, output")
-            rows.append({"input": "", "task": "all", **{key: str(value) for key, value in row.items()}})
-    if not rows:
-        raise UserError(f"no rows in {', '.join(map(str, files))}")
-    return rows
+def read_questions(files: Sequence[Path]) -> list[Instruction]:
+    """The rows of files in any form that ``train sft`` takes: the turns up to the last answer, the last user's message
+    as ``instruction``, and that answer as ``output``, empty where a row has none. No task is "all". Raises UserError
+    with file and row of a bad one."""
+    return [_question(conversation, record) for conversation, record in with_records(files)]
+
+
+def _question(conversation: Conversation, record: Mapping[str, Any]) -> Instruction:
+    turns = conversation.turns
+    answers = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
+    before = turns[: answers[-1]] if answers else turns
+    asked = [turn["content"] for turn in before if turn["role"] == "user"]
+    return {
+        "instruction": asked[-1] if asked else "", "input": "", "turns": before, "source": conversation.source,
+        "output": turns[answers[-1]]["content"].strip() if answers else "", "task": str(record.get("task") or "all"),
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,8 @@ def load_instructions(
 ) -> InstructionData:
     """Up to ``limit`` train rows and ``held_out`` rows of each other part, in an order drawn from ``seed``.
 
-    Chemistry is split by scaffold, and the split is checked; rows of files are dealt 90 : 5 : 5 by ``split_seed``.
-    Raises UserError for unreadable data.
+    Chemistry is split by scaffold, and the split is checked; rows of files are dealt 90 : 5 : 5 by ``split_seed``, and
+    those without an answer are then left out. Raises UserError for unreadable data, and where no question is left.
     """
     if data == CHEMISTRY:
         molecules, dropped = load_molecules()
@@ -78,11 +83,15 @@ def load_instructions(
             raise UserError(f"the split leaks: {facts}")  # cannot happen unless split_by_scaffold is wrong
         parts = {part: _molecule_first(instruction_rows(split[part], seed=seed)) for part in split}
     else:
-        rows = read_jsonl([Path(file) for file in data])
+        rows = read_questions([Path(file) for file in data])
         random.Random(f"split {split_seed}").shuffle(rows)
         cut = max(1, len(rows) // 20)
         parts = {"test": rows[:cut], "validation": rows[cut : 2 * cut], "train": rows[2 * cut :]}
-        facts = {"rows": len(rows)}
+        answered = {name: [row for row in part if row["output"]] for name, part in parts.items()}
+        facts = {"rows": len(rows), "without an answer": len(rows) - sum(map(len, answered.values()))}
+        parts = answered
+        if not parts["test"]:
+            raise UserError(f"data: of {len(rows)} rows none with an answer is held out: give more rows, or the roles")
     for part in parts.values():
         random.Random(f"order {seed}").shuffle(part)
     return InstructionData(parts["train"][:limit], parts["validation"][:held_out], parts["test"], facts)

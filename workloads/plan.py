@@ -1,10 +1,10 @@
-"""``train sft --plan`` and ``train pretrain --plan``: what a run will need of each card, before anything is loaded.
+"""``--plan`` of ``train sft``, ``dpo`` and ``pretrain``: what a run will need of each card, before anything is loaded.
 
     workbench train sft configs/sft.yaml --plan
 
 Needs no Ray, no card and no weights: the base's ``config.json`` alone. It is an estimate, for rows as long as
-``max_length`` allows. What is counted, and how, says ``training/memory_plan.py``. ``train sft`` asks the same estimate
-whether its workers' cards can hold it.
+``max_length`` allows. What is counted, and how, says ``training/memory_plan.py``. The commands themselves ask the same
+estimate whether their workers' cards can hold it.
 """
 
 import math
@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import Failure, UserError
+from workloads.dpo import DpoConfig
 from workloads.pretrain import PretrainConfig
 from workloads.sft import TuningConfig
-from workloads.training.config import TrainingConfig
+from workloads.training.config import DistillConfig, TrainingConfig
 
 if TYPE_CHECKING:
     from cluster.nodes import Node
+    from workloads.training.chunked_loss import LossFunction
     from workloads.training.memory_plan import MemoryPlan
     from workloads.training.step_trace import Step
 
@@ -66,6 +68,7 @@ class RunPlan:
             f"  {'assumed: CUDA, kernels, workspaces':<40}{_gib(CONTEXT)}",
             f"  {f'assumed: fragmentation, {FRAGMENTATION:.0%}':<40}{_gib(int(plan.peak * FRAGMENTATION))}",
             f"  {'the smallest card must hold':<40}{_gib(plan.card)}",
+            *([f"  {'and in the memory of its host':<40}{_gib(plan.host)}"] if plan.host else []),
             "",
             "tensors at the highest moment of each phase",
             *(f"  {phase:<40}{_gib(size)}" for phase, size in plan.phases.items()),
@@ -81,7 +84,7 @@ class RunPlan:
         return {
             "estimate": True, "about": self.about, "ranks": plan.ranks, "parameters": plan.parameters,
             "trained_parameters": plan.trained, "phase": plan.phase, "phases": plan.phases, "parts": plan.parts,
-            "tensor_bytes": plan.peak, "card_bytes": plan.card,
+            "tensor_bytes": plan.peak, "card_bytes": plan.card, "host_bytes": plan.host,
             "cards": [{"card": c.name, "memory_gb": c.memory_gb, "fits": c.holds(plan)} for c in self.cards],
         }  # fmt: skip
 
@@ -103,7 +106,7 @@ def _gib(size: int) -> str:
 
 
 def plan_run(config: TrainingConfig) -> RunPlan:
-    """The plan of a ``train sft`` or ``train pretrain`` config. Raises UserError for a base that cannot be trained."""
+    """The plan of a ``train`` command's config. Raises UserError for a base that cannot be trained."""
     return RunPlan(estimate(config), known_cards(), _about(config))
 
 
@@ -115,7 +118,10 @@ def estimate(config: TrainingConfig) -> "MemoryPlan":
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's and torch's are told when it trains
         try:
-            return plan_memory(make, step, ranks=config.workers, micro_batches=math.ceil(_share(config) / step.rows))
+            micro_batches = math.ceil(_share(config) / (config.micro_batch_size or _share(config)))
+            return plan_memory(
+                make, step, ranks=config.workers, micro_batches=micro_batches, teacher=_teacher(config)
+            )  # fmt: skip
         except (NotImplementedError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[0]
             raise Failure(f"no plan: the model cannot be run without its weights ({reason})") from error
@@ -124,24 +130,27 @@ def estimate(config: TrainingConfig) -> "MemoryPlan":
 def _setting(config: TrainingConfig) -> tuple[Callable[[], Any], "Step"]:
     import torch
 
-    from workloads.training.losses import training_loss
     from workloads.training.step_trace import Step
 
     computed = getattr(torch, config.compute_dtype)
     rows = min(config.micro_batch_size or _share(config), _share(config))
-    sharded = config.strategy == "fsdp2"
+    sharded = config.strategy != "single"
     common: dict[str, Any] = {
         "rows": rows, "checkpointing": config.gradient_checkpointing, "sharded": sharded,
-        "loss": training_loss(config), "loss_chunk": config.loss_chunk,
+        "offloaded": config.strategy == "fsdp2-offload", "zero_stage": config.zero_stage,
+        "loss": _loss(config), "loss_chunk": config.loss_chunk,
         "device": "cuda" if config.gpus_per_worker else "cpu",
     }  # fmt: skip
     if isinstance(config, TuningConfig):
         from workloads.training.adapters import empty_model
+        from workloads.training.nf4 import stacked_experts
 
-        base, packing = config.base, getattr(config, "packing", False)
+        base, packing, pairs = config.base, getattr(config, "packing", False), isinstance(config, DpoConfig)
+        common["rows"] *= 2 if pairs else 1
         return lambda: empty_model(base), Step(
-            **common, length=config.max_length, masked=packing or rows > 1,
+            **common, length=config.max_length, masked=packing or common["rows"] > 1, pairs=pairs,
             adapter=config.adapter if config.method == "lora" else None, quantized=config.quantization == "nf4",
+            pieces=config.strategy.startswith("fsdp2") and not stacked_experts(empty_model(base)),
             stored=computed, computed=computed,
         )  # fmt: skip
     assert isinstance(config, PretrainConfig)
@@ -154,6 +163,22 @@ def _setting(config: TrainingConfig) -> tuple[Callable[[], Any], "Step"]:
     )
 
 
+def _loss(config: TrainingConfig) -> "LossFunction":
+    """What is minimised."""
+    from workloads.training.losses import training_loss
+    from workloads.training.memory_plan import mixture
+
+    distill: DistillConfig | None = getattr(config, "distill", None)
+    return training_loss(config) if distill is None else mixture(distill)
+
+
+def _teacher(config: TrainingConfig) -> Callable[[], Any] | None:
+    from workloads.training.adapters import empty_model
+
+    distill: DistillConfig | None = getattr(config, "distill", None)
+    return None if distill is None else lambda: empty_model(distill.teacher)
+
+
 def _share(config: TrainingConfig) -> int:
     """Sequences of a rank in one step."""
     return config.batch_size // config.workers
@@ -162,11 +187,12 @@ def _share(config: TrainingConfig) -> int:
 def _about(config: TrainingConfig) -> str:
     rows = min(config.micro_batch_size or _share(config), _share(config))
     length: int = getattr(config, "max_length", 0)
-    about = f"{rows} x {length} tokens at once on each rank, {config.compute_dtype}"
+    what = "pairs of" if isinstance(config, DpoConfig) else "x"
+    about = f"{rows} {what} {length} tokens at once on each rank, {config.compute_dtype}"
     about += ", activations recomputed" if config.gradient_checkpointing else ", activations kept"
     about += f", {config.strategy} over {config.workers}"
     if getattr(config, "distill", None) is not None:
-        about += "; the teacher's own memory is not in it"
+        about += ", with a teacher"
     return about + ("; compiled layers are taken as uncompiled" if config.compile else "")
 
 
@@ -182,21 +208,24 @@ def known_cards() -> list[Card]:
             for card in host.cards]  # fmt: skip
 
 
-def check_memory(config: TrainingConfig, nodes: "Sequence[Node]", say: Callable[[str], Any]) -> None:
+def check_memory(config: TrainingConfig, nodes: "Sequence[Node]", say: Callable[[str], Any]) -> int:
     """Refuse a run whose workers are sure to get a card that cannot hold their tensors; ``say`` hears of doubts.
 
-    Nothing is checked on CPUs and Apple GPUs, nor where the memory of a card that a worker may get is not known.
-    Raises UserError with what would fit.
+    Returns the bytes of tensors that each card must hold, for ``devices.check_cards`` on the cards that the workers
+    got; 0 on CPUs and Apple GPUs, and where there is no estimate. Nothing is refused here where the memory of a card
+    that a worker may get is not known. Raises UserError with what would fit.
     """
-    cards = candidates(config, nodes)
-    if not cards:
-        return
+    request = config.request()
+    if request.device != "cuda":
+        return 0
     try:
         plan = estimate(config)
     except Failure as error:
         say(f"{error}; whether it fits will be seen")
-        return
-    request = config.request()
+        return 0
+    cards = candidates(config, nodes)
+    if not cards:
+        return plan.peak
     share = min(1.0, request.gpu_share)
     by_size = sorted(cards, key=lambda card: card.memory_gb)
     # Of cards that are all taken the smallest counts, of a choice the smallest of the largest that are enough.
@@ -211,6 +240,7 @@ def check_memory(config: TrainingConfig, nodes: "Sequence[Node]", say: Callable[
     elif plan.card > by_size[0].memory_gb * share * GIB:
         say(f'{needs}: more than {by_size[0].name} has, which one may get; ask for resources.gpu.memory=">='
             f'{smallest.memory_gb:g}GB"')  # fmt: skip
+    return plan.peak
 
 
 def candidates(config: TrainingConfig, nodes: "Sequence[Node]") -> list[Card]:

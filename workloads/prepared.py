@@ -8,7 +8,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +21,12 @@ from workloads.encoding import Counts, Recipe, encode
 from workloads.instructions import as_conversation, load_instructions, write_jsonl
 from workloads.preferences import Preference, encode_preferences, preferences, read_preferences
 from workloads.sources import CHEMISTRY
-from workloads.tokenized import TokenRows, cache_folder, tokenize
-from workloads.training.batches import Batches, Row, lengths_of
-from workloads.training.packing import PackedRows
+from workloads.streaming import check_room, open_stream
+from workloads.tokenized import TokenRows, cache_folder, check_known, tokenize
+from workloads.training.batches import Batches, Row
+from workloads.training.dealing import Deal
 from workloads.training.pairs import Pairs
+from workloads.training.resume import STREAM
 
 if TYPE_CHECKING:
     from workloads.sft import SftConfig
@@ -37,7 +39,8 @@ PARTS = ("train", "validation", "test")
 @dataclass(frozen=True)
 class Prepared:
     """The folders of the token rows; questions with their answers for samples; ``facts`` on the data and ``counts`` on
-    the training rows; and of packed rows the share of their sequences that is tokens."""
+    the training rows; and of packed rows the share of their sequences that is tokens. Of rows that are streamed
+    ``train`` is the file of conversations, and the counts come when training has ended."""
 
     train: Path
     validation: Path
@@ -64,11 +67,11 @@ def recipe_of(config: "SftConfig | DpoConfig") -> Recipe:
     return Recipe(config.base, config.chat_template, config.max_length, config.train_on)
 
 
-def training_rows(rows: Sequence[Row], config: "SftConfig | DpoConfig") -> Sequence[Row]:
-    """``rows``, the sequences that they are packed into, or the pairs that they make."""
+def batches_of(rows: Sequence[Row], config: "SftConfig | DpoConfig") -> Batches:
+    """The batches of ``rows``, packed or not, or of the pairs that they make. Raises UserError for too few rows."""
     if isinstance(config, DpoConfig):
-        return Pairs(rows)
-    return PackedRows(rows, config.max_length, config.seed) if config.packing else rows
+        return Batches(Pairs(rows), config.batch_size, config.seed)
+    return Batches(rows, config.batch_size, config.seed, config.max_length if config.packing else 0)
 
 
 def look(config: "SftConfig | DpoConfig") -> None:
@@ -100,22 +103,48 @@ def prepare(config: "SftConfig | DpoConfig", run: Run) -> Prepared:
     else:
         run.input("base", hub_name=config.base)
     run.input("train", path=run.artifact("train.jsonl"), data=str(config.data), **facts)
-    folders = [
-        tokenize(run.artifact(f"{part}.jsonl"), recipe_of(config), cache_folder(), spread=True)
-        for part in ("train", "validation")
-    ]
-    train, validation = (TokenRows(folder) for folder in folders)
-    for part, rows in (("training", train), ("held-out", validation)):
-        _check_learnable(config, part, rows.counts)
-    _check_vocabulary(config.base, max(train.counts.largest_id, validation.counts.largest_id))
-    sequences = training_rows(train, config)
-    Batches(sequences, config.batch_size, config.seed)  # refuses too few
-    packed = sequences.efficiency if isinstance(sequences, PackedRows) else None
-    made = Prepared(folders[0], folders[1], _questions(config, run), facts, train.counts, packed)
-    trained, watched = train.counts.rows, validation.counts.rows
-    run.say(f"{trained:,} rows to train on, {watched:,} to watch, {facts['held out']:,} held out")
-    run.say(_told(config, made, len(sequences), sum(lengths_of(sequences))))
-    return made
+    streamed = not isinstance(config, DpoConfig) and config.streaming
+    words, made = {"train": "training", "validation": "held-out"}, {}
+    for part in ("validation",) if streamed else ("train", "validation"):
+        made[part] = tokenize(run.artifact(f"{part}.jsonl"), recipe_of(config), cache_folder(), spread=True)
+        counts = TokenRows(made[part]).counts
+        _check_learnable(config, words[part], counts)
+        check_known(config.base, counts.largest_id, _known_tokens(config.base))
+        _check_positions(config, counts)
+    watched, questions = TokenRows(made["validation"]).counts.rows, _questions(config, run)
+    if streamed:
+        run.say(
+            f"{watched:,} rows to watch, {facts['held out']:,} held out; the others are tokenized while training runs"
+        )
+        return Prepared(run.artifact("train.jsonl"), made["validation"], questions, facts, Counts(), None)
+    train = TokenRows(made["train"])
+    batches = batches_of(train, config)
+    packed = None if isinstance(config, DpoConfig) or not config.packing else batches.efficiency
+    ready = Prepared(made["train"], made["validation"], questions, facts, train.counts, packed)
+    run.say(f"{train.counts.rows:,} rows to train on, {watched:,} to watch, {facts['held out']:,} held out")
+    run.say(_told(config, ready))
+    return ready
+
+
+def open_rows(config: "SftConfig", run: Run) -> Any:
+    """The actor that tokenizes the training rows while training runs. Raises UserError where no CPU is left for it."""
+    check_room(config.request().cpu or 0.0, config.workers)
+    deal = Deal(config.batch_size, config.seed, config.max_length if config.packing else 0)
+    file, known = run.artifact("train.jsonl"), _known_tokens(config.base)
+    return open_stream(file, recipe_of(config), deal, known=known, ledger=run.folder / STREAM)
+
+
+def close_rows(config: "SftConfig", prepared: Prepared, stream: Any, run: Run) -> Prepared:
+    """``prepared`` with what became of the rows that ``stream`` tokenized, which is said."""
+    import ray
+
+    told, hosts = ray.get(stream.told.remote())
+    ray.kill(stream)
+    facts = prepared.facts | {f"tokenized on {host}": rows for host, rows in sorted(hosts.items())}
+    packed = told.tokens / (told.sequences * config.max_length) if config.packing else None
+    done = replace(prepared, facts=facts, counts=told.counts, packed=packed)
+    run.say(_told(config, done))
+    return done
 
 
 def _deal_chemistry(config: "SftConfig", run: Run) -> dict[str, Any]:
@@ -189,19 +218,30 @@ def _check_learnable(config: "SftConfig | DpoConfig", part: str, counts: Counts)
         )
 
 
-def _check_vocabulary(base: str, largest: int) -> None:
+def _check_positions(config: "SftConfig | DpoConfig", counts: Counts) -> None:
+    """Refuse rows that are longer than the base's table of positions, in which a worker would look beyond the end."""
+    from workloads.training.trainable import positions_of
+
+    packed = not isinstance(config, DpoConfig) and config.packing  # positions of padding count up to max_length
+    longest = config.max_length if packed else min(counts.longest, config.max_length)
+    known = positions_of(config.base)
+    if known is not None and longest > known:
+        raise UserError(
+            f"base: {config.base} has learned {known} positions, and sequences have up to {longest} tokens: give "
+            f"max_length={known}"
+        )
+
+
+def _known_tokens(base: str) -> int:
+    """How many tokens the model at ``base``, or that of an adapter there, knows."""
     from transformers import AutoConfig
 
     folder = Path(base)
     adapter = folder / "adapter_config.json"
     if adapter.is_file() and not (folder / "config.json").is_file():
         base = json.loads(adapter.read_text())["base_model_name_or_path"]
-    known = AutoConfig.from_pretrained(base).get_text_config().vocab_size
-    if largest >= known:
-        raise UserError(
-            f"the tokenizer of {base} makes token {largest} of these rows, and the model knows {known} tokens, 0 to "
-            f"{known - 1}: the tokenizer belongs to another model, or was given tokens after the model was made"
-        )
+    known: int = AutoConfig.from_pretrained(base).get_text_config().vocab_size
+    return known
 
 
 def _questions(config: "SftConfig | DpoConfig", run: Run) -> list[tuple[str, str]]:
@@ -221,11 +261,11 @@ def _question(row: Conversation, tokenizer: Any) -> tuple[str, str]:
     return render(row.turns[:last], tokenizer, prompt=True), row.turns[last]["content"]
 
 
-def _told(config: "SftConfig | DpoConfig", made: Prepared, sequences: int, tokens: int) -> str:
+def _told(config: "SftConfig | DpoConfig", made: Prepared) -> str:
     counts = made.counts
     said = [f"{counts.tokens:,} tokens, {counts.targets:,} of them learned"]
     if made.packed is not None:
-        said.append(f"packed into {sequences:,} sequences of {config.max_length}, {made.packed:.1%} of them tokens")
+        said.append(f"packed into sequences of {config.max_length}, {made.packed:.1%} of them tokens")
     if counts.rows_cut:
         said.append(
             f"max_length={config.max_length} cut {counts.rows_cut:,} rows by {counts.tokens_lost:,} tokens "

@@ -94,9 +94,12 @@ def plan(config: PretrainConfig) -> "RunPlan":
 
 def run(config: PretrainConfig, run: Run) -> Summary:
     """Build corpus and tokenizer, train on Ray Train workers, and report."""
+    from cluster.nodes import member_nodes
+    from workloads.plan import check_memory
     from workloads.training.ray_train import check_placement, fit
 
     check_placement(config)
+    needed = check_memory(config, member_nodes(), run.say)
     if config.documents:
         version = documents_version(config.documents)
         run.input("documents", path=config.documents, **({"version": version} if version else {}))
@@ -105,7 +108,8 @@ def run(config: PretrainConfig, run: Run) -> Summary:
     model = run.artifact("model")
     corpus = build_corpus(config, run, model)
     run.say(f"training {config.steps} steps of {config.batch_size} sequences")
-    done = fit(pretrain_worker, {"config": config, **corpus["files"], "result": str(model)}, config, run)
+    payload = {"config": config, **corpus["files"], "result": str(model), "needed": needed}
+    done = fit(pretrain_worker, payload, config, run)
     write_json(model / SPLIT_FILE, {"split_seed": config.split_seed})
     report(config, run, corpus["facts"], done)
     return {

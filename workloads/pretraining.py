@@ -16,11 +16,12 @@ from workloads.pretrain import PretrainConfig
 from workloads.tokenizer import train_tokenizer
 from workloads.training.batches import Batches, Row
 from workloads.training.compiling import prepare_layers
-from workloads.training.devices import device_of
+from workloads.training.devices import check_cards, device_of
 from workloads.training.distillation import distillation
-from workloads.training.fsdp import full_state, shard
+from workloads.training.fsdp import full_state
 from workloads.training.loop import train
 from workloads.training.ray_train import WorkerEvents
+from workloads.training.strategies import loads_on, optimizer_of, shard_model
 from workloads.training.transformer import Transformer, to_llama
 
 VALIDATION_SEQUENCES = 96
@@ -91,47 +92,62 @@ def _copies(wanted: int, molecules: int) -> int:
 
 
 def pretrain_worker(payload: dict[str, Any]) -> dict[str, Any]:
-    """The training function of a Ray Train worker: a new Transformer, sharded, through the loop of every command."""
+    """The training function of a Ray Train worker: ``pretrain`` on its shard."""
     import ray.train
 
     config: PretrainConfig = payload["config"]
     rank = ray.train.get_context().get_world_rank()
     device = device_of(config)
+    check_cards(payload["needed"], device, config.request().gpu_share)
+    with WorkerEvents(Path(payload["run_folder"]), rank, config) as events:
+        return pretrain(config, payload, device=device, events=events, result=Path(payload["result"]), rank=rank)
+
+
+def pretrain(
+    config: PretrainConfig,
+    payload: dict[str, Any],
+    *,
+    device: torch.device,
+    events: WorkerEvents,
+    result: Path,
+    rank: int = 0,
+) -> dict[str, Any]:
+    """A new Transformer, sharded where there is a process group, through the loop of every command, into ``result``.
+
+    ``payload`` has what ``build_corpus`` wrote: the files of both parts, the samples, and as ``result`` the tokenizer.
+    """
     rows = {part: [Row(ids, ids) for ids in read_sequences(payload[part])] for part in ("train", "validation")}
     tokenizer = AutoTokenizer.from_pretrained(payload["result"])
 
     torch.manual_seed(config.seed)  # the same new weights on every rank
-    model = Transformer(llama_config(config, tokenizer)).to(device)
+    model = Transformer(llama_config(config, tokenizer)).to(loads_on(config, device))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     prepare_layers(model, config)
-    if torch.distributed.is_initialized() and config.strategy == "fsdp2":
-        shard(model, getattr(torch, config.compute_dtype))
+    shard_model(model, config, device)
     objective = distillation(config, device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=config.weight_decay
-    )
+    optimizer = optimizer_of(model, config)
     batches = Batches(rows["train"], config.batch_size, config.seed)
-    with WorkerEvents(Path(payload["run_folder"]), rank, config) as events:
-        history = events.resume(model, optimizer)
-        start = history.step
-        train(
-            model,
-            batches,
-            config,
-            validation=rows["validation"],
-            events=events,
-            optimizer=optimizer,
-            objective=objective,
-            history=history,
-        )
-        if history.stopped_early:
-            events.load_best(model)
+    history = events.resume(model, optimizer)
+    start = history.step
+    train(
+        model,
+        batches,
+        config,
+        validation=rows["validation"],
+        events=events,
+        optimizer=optimizer,
+        objective=objective,
+        history=history,
+    )
+    if history.stopped_early:
+        events.load_best(model)
     tokens = sum(len(row.ids) for step in range(history.step) for row in batches[step])
     state = full_state(model)  # collective
     samples = []
     if rank == 0:
         whole = to_llama(model.config, state)
-        whole.save_pretrained(payload["result"])
+        whole.save_pretrained(str(result))
+        tokenizer.save_pretrained(str(result))
         samples = write_samples(whole, tokenizer, payload["samples"])
     return {
         "train": history.train, "validation": history.validation, "best": history.best, "parameters": parameters,

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 
 Interval = tuple[float, float]
@@ -13,11 +14,14 @@ def is_right(task: str, answer: str, truth: str) -> bool:
 
 
 def partial_credit(task: str, answer: str, truth: str) -> float:
-    """1 for a right answer; for functional groups the overlap of said and true over their union (Jaccard)."""
-    if task != "groups":
-        return float(answer == truth)
-    said, true = _as_set(answer), _as_set(truth)
-    return len(said & true) / len(said | true) if said | true else 1.0
+    """1 for a right answer; for functional groups the overlap of said and true over their union (Jaccard), for others
+    the harmonic mean of the shares of their words that are in the other (F1, Rajpurkar et al. 2016)."""
+    if task == "groups":
+        said, true = _as_set(answer), _as_set(truth)
+        return len(said & true) / len(said | true) if said | true else 1.0
+    words, right = Counter(answer.split()), Counter(truth.split())
+    both = (words & right).total()
+    return 2 * both / (words.total() + right.total()) if both else float(answer == truth)
 
 
 def _as_set(text: str) -> set[str]:

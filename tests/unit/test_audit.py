@@ -4,6 +4,7 @@ import json
 import random
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_corpus import audited
 
-from data_pipelines.duplicates import jaccard, shingles, words_of
+from data_pipelines.duplicates import jaccard, shingles
 from data_pipelines.leakage import longest_shared
 from data_pipelines.measure import Measures
 from data_pipelines.ngrams import Words
 from data_pipelines.repetition import repetition
 from data_pipelines.sources import Row
+from data_pipelines.words import words_of
 
 VOCABULARY = [f"w{i}" for i in range(300)]
 PLAIN = Measures(repetition=False)
@@ -91,7 +93,8 @@ def test_what_is_kept_is_what_brute_force_keeps(seed: int) -> None:
             survivor = by_id[row["duplicate_of"]]
             assert survivor["keep"]
             similarity = jaccard(shingles(words_of(row["text"])), shingles(words_of(survivor["text"])))
-            assert similarity >= 0.8 or row["duplicate_kind"] == "exact"
+            assert similarity >= 0.8
+            assert row["similarity"] == pytest.approx(similarity)
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -176,6 +179,30 @@ def test_duplicates_are_sought_within_a_split_and_leaks_between_splits(tmp_path:
     assert rows["test 1"]["leak_of"] == rows["train 1"]["id"]
     assert rows["train 1"]["leak_of"] == rows["test 1"]["id"]
     assert [(leak["kind"], leak["words"]) for leak in corpus.leaks] == [("exact", 20)]
+
+
+def test_a_chinese_text_within_another_is_a_leak(tmp_path: Path) -> None:
+    text = "春天来了,河边的柳树发出新芽,孩子们在草地上放风筝,老人坐在长椅上晒太阳。"
+    other = "图书馆每天早上九点开门,读者可以借十本书,四周以后要还给柜台的工作人员,过期的要付钱。" * 2
+    long = f"这是一篇很长的文章,写的是城市里的四季。{text}文章到这里就结束了,谢谢大家。"
+    splits = {"train": [Row("", long, "long"), Row("", other, "a"), Row("", other[:-3] + "银子。", "b")]}
+    corpus = audited(tmp_path, splits | {"test": [Row("", text, "test")]}, evaluation=("test",), measures=PLAIN)
+    rows = rows_of(tmp_path)
+    assert (rows["test"]["leak"], rows["test"]["words"]) == ("ngram", 33)
+    assert rows["long"]["leak"] == "ngram"
+    assert corpus.leaks[0]["words"] == 33
+    assert [rows[name]["duplicate_kind"] for name in ("a", "b")].count("near") == 1
+
+
+def test_among_many_of_one_pattern_the_likeliest_are_compared(tmp_path: Path) -> None:
+    """More share a bucket with the evaluation text than are compared; the one that is near has the largest id."""
+    start = "in a school of the town there were a number of girls who had each been given some of what there was in all"
+    train = [Row("", f"{start} {i} {i + 1} {i + 2} {i + 3} {i + 4}", "s", "", f"k{i:04d}") for i in range(300)]
+    text = f"{start} apples they had picked by noon"
+    train.append(Row("", text.replace("noon", "night"), "near", "", "z"))
+    splits = {"train": train, "test": [Row("", text, "test")]}
+    corpus = audited(tmp_path, splits, evaluation=("test",), measures=replace(PLAIN, gram=50))
+    assert [(leak["kind"], leak["training_id"]) for leak in corpus.leaks] == [("near", "train/z")]
 
 
 def test_a_span_is_shown_with_what_is_around_it() -> None:

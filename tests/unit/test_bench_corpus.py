@@ -12,9 +12,10 @@ from benchmarks import broken, planting
 from benchmarks.corpus import Plan, build
 from benchmarks.debian_docs import LONGEST, SHORTEST, Passage, kind_of, manual_text, split, text_of
 from benchmarks.planted import score
-from data_pipelines.duplicates import jaccard, shingles, words_of
+from data_pipelines.duplicates import jaccard, shingles
 from data_pipelines.pii import KINDS, counts
 from data_pipelines.reading import Reading, open_reading
+from data_pipelines.words import words_of
 from workbench.errors import UserError
 
 

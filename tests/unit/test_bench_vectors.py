@@ -76,6 +76,13 @@ def test_made_vectors_are_clustered() -> None:
     [
         ({}, "neither .npy files nor .parquet files"),
         ({"a.npy": np.zeros(3, np.float32)}, "give an array"),
+        ({"a.npy": np.array([["a", "b"]])}, "give an array"),
+        (
+            {"a.npy": np.array([[1.0, 0.0], [0.0, 0.0], [np.nan, 1.0]])},
+            "2 vectors that are all 0 or not finite, the .* 1",
+        ),
+        ({"a.npy": np.zeros((0, 4), np.float32)}, "has no vectors"),
+        ({"a.npy": np.zeros((3, 0), np.float32)}, "0 dimensions"),
         ({"a.npy": unit(3, 4, 1), "b.npy": unit(3, 5, 1)}, "vectors of 5 dimensions, others have 4"),
     ],
 )
@@ -83,4 +90,27 @@ def test_a_folder_without_vectors_is_refused(tmp_path: Path, files: dict[str, np
     for name, array in files.items():
         np.save(tmp_path / name, array)
     with pytest.raises(UserError, match=said):
+        gather(tmp_path, 100, 10, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [
+        (pa.array([[1.0, 2.0], [1.0]]), "of 2 and of 1 dimensions"),
+        (pa.array([[1.0, 2.0], None]), "empty cells"),
+        (pa.array([[1.0, None]]), "empty cells"),
+        (pa.array([[]], pa.list_(pa.float32())), "0 dimensions"),
+        (pa.array(["a"]), "of string: give lists of numbers"),
+        (pa.array([["a"]]), "give lists of numbers"),
+    ],
+)
+def test_a_column_without_vectors_is_refused(tmp_path: Path, column: pa.Array, said: str) -> None:
+    pq.write_table(pa.table({"vector": column}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=said):
+        gather(tmp_path, 100, 10, 4, 1)
+
+
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.npy").touch()
+    with pytest.raises(UserError, match="cannot be read"):
         gather(tmp_path, 100, 10, 4, 1)

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -45,7 +47,7 @@ def test_help_of_a_command_needs_neither_torch_nor_ray(group: str, name: str) ->
 
 def test_help_of_a_command_lists_its_config_keys() -> None:
     shown = workbench("profile", "record", "--help").stdout
-    assert "hertz" in shown and "samples a second on each host" in shown and "default 2.0" in shown
+    assert "hertz" in shown and "samples a second on each host" in shown and "default 10.0" in shown
 
 
 def test_the_shell_completes_groups() -> None:
@@ -99,10 +101,32 @@ def test_json_is_all_there_is_on_stdout(runs_root: Path, tmp_path: Path) -> None
     assert Path(summary["run"]).parent == runs_root / "profile-report"
 
 
-def test_a_failure_ends_with_1_and_its_reason(runs_root: Path, tmp_path: Path) -> None:
+def test_a_damaged_recording_ends_with_2_and_its_reason(runs_root: Path, tmp_path: Path) -> None:
     folder = made_recording(tmp_path / "recorded")
     for part in folder.rglob("part-*"):
         part.write_bytes(b"PAR1 broken")
     done = workbench("profile", "report", f"recording={folder}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "its samples cannot be read" in done.stderr and "Traceback" not in done.stderr
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """An endpoint that fails at every request."""
+
+    def do_GET(self) -> None:  # the name is http.server's
+        self.send_error(500, "out of order")
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def test_a_failure_ends_with_1_and_its_reason_and_the_run_says_so(runs_root: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"base_url=http://127.0.0.1:{server.server_port}/v1"
+        done = workbench("serve", "loadtest", url, OPENAI_API_KEY="a")
+        server.shutdown()
     assert (done.returncode, done.stdout) == (1, "")
-    assert "failed: " in done.stderr
+    assert "failed: " in done.stderr and "Error code: 500" in done.stderr and "Traceback" not in done.stderr
+    [status] = runs_root.glob("serve-loadtest/*/status.json")
+    assert json.loads(status.read_text())["state"] == "failed"

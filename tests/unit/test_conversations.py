@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from workbench.errors import UserError
-from workloads.conversations import Conversation, conversations, read_conversations, write_conversations
+from workloads.conversations import Conversation, conversations, read_conversations, records, write_conversations
 
 ALPACA = {"instruction": "Add.", "input": "1 1", "output": "2"}
 SHAREGPT = {"conversations": [{"from": "human", "value": "Add.\n\n1 1"}, {"from": "gpt", "value": "2"}]}
@@ -71,6 +71,7 @@ def test_documents_that_an_audit_would_remove_are_left_out(tmp_path: Path) -> No
         ({"instruction": "x"}, "output is missing"),
         ({"instruction": "x", "output": 3}, "output is no text but a number"),
         ({"messages": []}, "instruction is missing"),
+        ({"instruction": "x", "output": "\ud800"}, "a message with half of a surrogate pair"),
         ([1], "a row is an object"),
     ],
 )
@@ -85,6 +86,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path, second: Any, messag
     [
         ({"role": "assistant", "content": None, "tool_calls": [{}]}, "tool_calls"),
         ({"role": "assistant", "content": [{"type": "image"}]}, "no text"),
+        ({"role": "assistant", "content": ["2"]}, "no text"),
         ({"role": "wizard", "content": "2"}, "unknown role"),
     ],
 )
@@ -92,6 +94,36 @@ def test_what_would_be_lost_in_training_is_refused(tmp_path: Path, turn: Any, me
     file = jsonl(tmp_path / "rows.jsonl", {"messages": [CHAT["messages"][0], turn]})
     with pytest.raises(UserError, match=rf"rows\.jsonl:1: .*{message}"):
         list(conversations([file]))
+
+
+def test_parts_of_a_sharegpt_turn_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    seen = {"from": "human", "value": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
+    file = jsonl(tmp_path / "rows.jsonl", {"conversations": [seen, {"from": "gpt", "value": "2"}]})
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: .*no text"):
+        list(conversations([file]))
+
+
+@pytest.mark.parametrize("written", [CHAT["messages"], "Hello.", "[1, 2]", "5"])
+def test_a_conversation_that_no_audit_wrote_is_named_by_file_and_line(tmp_path: Path, written: Any) -> None:
+    file = jsonl(tmp_path / "rows.jsonl", {"conversation": written})
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: 'conversation' is not what an audit writes"):
+        list(conversations([file]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b'[\n{"instruction": "\xe9"}]', r"a\.json:2: not UTF-8"),
+        ("b.json", b"[" * 100_000, r"b\.json: JSON that cannot be read"),
+        ("c.jsonl", b'{}\n{"id": ' + b"1" * 5000 + b"}", r"c\.jsonl:2: JSON that cannot be read"),
+        ("d.jsonl", b"[" * 100_000, r"d\.jsonl:1: JSON that cannot be read"),
+    ],
+)
+def test_json_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(records(file))
 
 
 def test_what_is_no_data_set_is_refused(tmp_path: Path) -> None:

@@ -1,13 +1,15 @@
 """Near duplicates by MinHash against brute force over all pairs."""
 
 import random
+import re
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines import duplicates
-from data_pipelines.duplicates import BANDS, ShingleSets, jaccard, shares_bucket, survivors, words_of
+from data_pipelines.duplicates import BANDS, ShingleSets, jaccard, shares_bucket, survivors
+from data_pipelines.words import EVERY, words_of
 
 VOCABULARY = [f"word{i}" for i in range(400)]
 
@@ -123,3 +125,25 @@ def test_only_texts_with_a_neighbour_share_a_bucket() -> None:
     keys = band_keys(["one two three four five", "one two three four five", "quite another text than that"])
     assert keys.shape == (3, BANDS)
     assert shares_bucket(keys).tolist() == [True, True, False]
+
+
+def test_vowel_signs_and_accents_are_of_their_word() -> None:
+    assert words_of("कि की") == ["कि", "की"] != words_of("का के")
+    assert normal_hash("कि की कु के को") != normal_hash("का की कु के को")
+    assert words_of("cafe\u0301s, 2\ufe0f\u20e3 i\u0307stanbul") == ["cafe\u0301s", "2", "i\u0307stanbul"]
+
+
+def test_in_scripts_without_spaces_each_character_is_a_word() -> None:
+    assert words_of("用Python3编程。") == ["用", "python3", "编", "程"]
+    assert words_of("データ") == ["デ", "ー", "タ"]
+    assert words_of("น้ำ 12") == ["น้", "ำ", "12"]
+    assert words_of("한국어 문서, Ελληνικά и так далее") == ["한국어", "문서", "ελληνικά", "и", "так", "далее"]
+
+
+@settings(max_examples=200, derandomize=True)
+@given(st.text(st.characters(max_codepoint=0x2FF) | st.sampled_from("\u2013\u2019\u201c…€→αБ\u2003")))
+def test_words_of_latin_are_runs_of_letters_and_digits(text: str) -> None:
+    lower = text.lower()
+    assert words_of(text) == EVERY.findall(lower)
+    if "\u0307" not in lower:  # of a dotted capital I
+        assert words_of(text) == re.findall(r"\w+", lower)

@@ -158,6 +158,9 @@ def test_a_template_that_rewrites_its_prompt_is_refused(folder: Path) -> None:
         learned(folder, REWRITING)
     with pytest.raises(UserError, match=r"talk: the chat template does not take"):
         learned(folder, "{{ raise_exception('no system messages') }}")
+    for faulty in ("{{ messages[0]['content'] + 1 }}", MARKED + "{{ 1 // 0 }}"):
+        with pytest.raises(UserError, match=r"talk: the chat template does not take"):
+            learned(folder, faulty)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,29 @@ def test_reasons_redaction_and_what_changed(tmp_path: Path, runs_root: Path) -> 
     assert inputs["audit"]["version"] == corpus.fingerprint
 
 
+def test_redaction_finds_what_the_audit_found(tmp_path: Path, runs_root: Path) -> None:
+    """In the turns too, where the word that says what a number is stands in the turn before."""
+    said = {"pesel": ["What is your PESEL?", "44051401359"], "phone": ["Whom?", "Call 415-555-2671 today please"]}
+    rows = [
+        Row("", "\n\n".join(turns), "s", "", name, json.dumps([["user", turns[0]], ["assistant", turns[1]]]))
+        for name, turns in said.items()
+    ]
+    audited(tmp_path / "artifacts", {"": rows}, measures=Measures(exchanges=True, phone_region="US"))
+    assert ran("data", "filter", f"audit={tmp_path}", "redact=[phone,national_id,card]", "remove={}") == 0
+    clean = newest(runs_root, "data-filter")
+    summary = json.loads((clean / "summary.json").read_text())
+    assert [summary[f"redacted: {kind}"] for kind in ("phone", "national_id", "card")] == [1, 1, 0]
+    kept = {row["id"]: row for row in pq.read_table(clean / "artifacts/documents").to_pylist()}
+    assert kept["pesel"]["text"] == "What is your PESEL?\n\n[national_id]"
+    assert kept["pesel"]["label"] == "[national_id]"
+    assert kept["phone"]["text"] == "Whom?\n\nCall [phone] today please"
+    assert "44051401359" not in str(kept) and "415-555-2671" not in str(kept)
+    assert (kept["pesel"]["national_ids"], kept["phone"]["phones"]) == (0, 0)
+    assert ran("data", "compare", f"before={clean}", f"after={tmp_path}") == 0
+    changes = pq.read_table(newest(runs_root, "data-compare") / "artifacts/changes.parquet").to_pylist()
+    assert {row["text"] for row in changes} == {"What is your PESEL? [national_id]", "Whom? Call [phone] today please"}
+
+
 def test_nothing_left_is_a_failure(tmp_path: Path, runs_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     audited(tmp_path / "artifacts", {"": [Row("", "A text.", "s")]}, measures=Measures(repetition=False))
     assert ran("data", "filter", f"audit={tmp_path}", "remove={all: words > 0}") == 1

@@ -14,7 +14,7 @@ from workloads.instructions import (
     as_conversation,
     load_instructions,
     prompt,
-    read_jsonl,
+    read_questions,
     refuse_other_split,
     user_message,
 )
@@ -78,11 +78,11 @@ def test_chemistry_asks_with_the_molecule_before_the_question(tokenizer: Any) ->
 def test_a_bad_row_is_named_by_file_and_line(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(ROW) + '\n{"instruction": "x"}\n')
-    with pytest.raises(UserError, match=r"rows\.jsonl:2: no output"):
-        read_jsonl([file])
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: output is missing"):
+        read_questions([file])
     file.write_text("{")
     with pytest.raises(UserError, match=r"rows\.jsonl:1: not JSON"):
-        read_jsonl([file])
+        read_questions([file])
 
 
 def test_rows_of_a_file_are_dealt_into_parts_that_share_none(tmp_path: Path) -> None:
@@ -92,6 +92,41 @@ def test_rows_of_a_file_are_dealt_into_parts_that_share_none(tmp_path: Path) -> 
     parts = [{row["instruction"] for row in part} for part in (data.train, data.validation, data.test)]
     assert [len(part) for part in parts] == [90, 5, 5]
     assert len(set.union(*parts)) == 100
+
+
+ALPACA = {"instruction": "Add.", "input": "1 and 1", "output": "2"}
+SHAREGPT = {
+    "conversations": [
+        {"from": "system", "value": "Be brief."}, {"from": "human", "value": "1 and 1?"}, {"from": "gpt", "value": "2"},
+        {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes. "},
+    ]
+}  # fmt: skip
+CHAT = {"task": "sums", "messages": [{"role": "user", "content": "Add."}, {"role": "assistant", "content": ""}]}
+
+
+def test_a_question_of_any_form_is_the_turns_up_to_the_last_answer(tokenizer: Any, tmp_path: Path) -> None:
+    rows = []
+    for name, row in {"alpaca": ALPACA, "sharegpt": SHAREGPT, "chat": CHAT}.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+        rows += read_questions([tmp_path / f"{name}.jsonl"])
+    assert [row["output"] for row in rows] == ["2", "Yes.", ""]
+    assert [row["task"] for row in rows] == ["all", "all", "sums"]
+    assert rows[0]["instruction"] == "Add.\n\n1 and 1"
+    assert prompt(rows[0], tokenizer) == prompt(ALPACA, tokenizer)
+    assert prompt(rows[1], tokenizer).endswith("2<|end|><|user|>Sure?<|end|><|assistant|>")
+
+
+def test_questions_without_an_answer_are_left_out_and_counted(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    silent = {"conversations": [*SHAREGPT["conversations"][:2], {"from": "gpt", "value": " "}]}
+    some = [SHAREGPT if number % 2 else silent for number in range(100)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in some))
+    data = load_instructions([file], split_seed=0, seed=0, limit=1000, held_out=1000)
+    assert data.facts == {"rows": 100, "without an answer": 50}
+    assert len(data.train) + len(data.validation) + len(data.test) == 50
+    file.write_text("".join(json.dumps(CHAT) + "\n" for _ in range(9)))
+    with pytest.raises(UserError, match="of 9 rows none with an answer is held out"):
+        load_instructions([file], split_seed=0, seed=0, limit=1000, held_out=1000)
 
 
 def test_chemistry_says_that_its_parts_share_nothing() -> None:

@@ -34,14 +34,31 @@ def test_queries_and_corpus(tmp_path: Path) -> None:
     [
         (read_judgements, "q1 0 d1 1\nq1 d1\n", "qrels.*:2: expected"),
         (read_judgements, "\n", "has no judgement"),
+        (read_judgements, "q1 0 d1 ²\n", ":1: expected"),
+        (read_judgements, "q1 0 d1 --1\n", ":1: expected"),
+        (read_judgements, "q1 0 d1 1000000000000\n", "grade 1000000000000 is beyond"),
         (read_queries, "q1 why\n", ":1: expected an id, a tab"),
+        (read_queries, "q1\twhy\nq1\thow\n", ":2: 'q1' is there twice"),
         (read_corpus, "[]\n", ":1: expected a JSON object with _id"),
+        (read_corpus, '{"_id": null, "text": "x"}', ":1: expected a JSON object with _id"),
+        (read_corpus, '{"_id": "d1", "title": 7, "text": "x"}', ":1: title is no text"),
+        (read_corpus, '{"_id": "d1", "text": ["x"]}', ":1: text is no text"),
+        (read_corpus, '{"_id": "1"}\n{"_id": 1}', ":2: the _id '1' is there twice"),
     ],
 )
 def test_a_line_that_is_none_is_named(tmp_path: Path, read: object, text: str, said: str) -> None:
     assert callable(read)
     with pytest.raises(UserError, match=said):
         read(written(tmp_path, "file.tsv", text))
+
+
+def test_a_query_without_text_is_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=":1: text is no text"):
+        read_queries(written(tmp_path, "queries.jsonl", '{"_id": "q1", "text": null}'))
+
+
+def test_a_byte_order_mark_is_not_part_of_an_id(tmp_path: Path) -> None:
+    assert read_judgements(written(tmp_path, "qrels.tsv", "\ufeffq1 0 d1 -1\n")) == {"q1": {"d1": -1}}
 
 
 def test_measures_of_a_ranking_worked_by_hand() -> None:

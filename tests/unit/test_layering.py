@@ -11,7 +11,7 @@ from workbench.config import CHECKOUT
 MAY_IMPORT: dict[str, set[str]] = {
     "workbench": set(),
     "cluster": {"workbench"},
-    "profiling": {"workbench"},
+    "profiling": {"workbench", "cluster"},
     "data_pipelines": {"workbench", "cluster", "profiling"},
     "workloads": {"workbench", "cluster", "profiling"},
     "serve": {"workbench", "cluster", "profiling", "data_pipelines"},

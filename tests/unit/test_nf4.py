@@ -12,6 +12,7 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
 from workbench.errors import Failure
+from workloads.training import nf4
 from workloads.training.adapters import add_adapter, load_base, save_adapter
 from workloads.training.config import AdapterConfig
 from workloads.training.fsdp import full_state
@@ -131,6 +132,18 @@ def test_a_cast_of_the_model_leaves_the_packed_bytes_alone() -> None:
 def test_a_weight_takes_the_bytes_that_were_told_beforehand() -> None:
     layer = NF4Linear(linear4bit(bias=False), "torch")
     assert sum(parameter.nbytes for parameter in layer.parameters()) == packed_bytes(96 * 128)
+
+
+def test_a_layer_of_gpt2_is_quantised_as_the_linear_layer_that_it_is() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    plain = nn.Linear(64, 192)
+    layer = Conv1D(192, 64)
+    layer.weight.data, layer.bias.data = plain.weight.data.T.contiguous(), plain.bias.data
+    ours, theirs = (nf4.quantized(each, torch.float32, "torch") for each in (layer, plain))
+    assert (ours.in_features, ours.out_features, ours.shape) == (64, 192, [192, 64])
+    x = torch.randn(3, 64)
+    assert torch.equal(ours(x), theirs(x))
 
 
 def test_another_format_than_nf4_with_double_quantisation_is_refused() -> None:

@@ -1,5 +1,6 @@
 """Packed examples: every row once, none too long, and losses and gradients as if each were alone."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workbench.errors import UserError
-from workloads.training.batches import IGNORE, Batches, Row, collate
+from workloads.training.batches import IGNORE, Batches, Row, collate, join
+from workloads.training.dealing import best_fit
 from workloads.training.losses import summed_loss
-from workloads.training.packing import PackedRows, check_packing, join, pack
+from workloads.training.packing import check_packing, refuse_leaking
 
 CPU = torch.device("cpu")
 
@@ -46,20 +48,19 @@ def loss_of(model: Any, rows: list[Row]) -> torch.Tensor:
     return summed_loss(model, rows, CPU).objective
 
 
-@given(st.lists(st.integers(1, 20), max_size=60), st.integers(20, 40), st.integers(0, 5))
+@given(st.lists(st.integers(1, 20), max_size=60), st.integers(20, 40))
 @settings(deadline=None, max_examples=80)
-def test_every_row_is_in_one_sequence_and_none_is_too_long(lengths: list[int], capacity: int, seed: int) -> None:
-    sequences = pack(lengths, capacity, seed)
+def test_every_row_is_in_one_sequence_and_none_is_too_long(lengths: list[int], capacity: int) -> None:
+    sequences = best_fit(range(len(lengths)), lengths.__getitem__, capacity)
     assert sorted(index for sequence in sequences for index in sequence) == list(range(len(lengths)))
     loads = [sum(lengths[index] for index in sequence) for sequence in sequences]
     assert all(0 < load <= capacity for load in loads)
     assert sum(load <= capacity / 2 for load in loads) <= 1  # two half-empty sequences would be one
-    assert pack(lengths, capacity, seed) == sequences
 
 
 def test_a_row_that_fits_no_sequence_is_an_error() -> None:
     with pytest.raises(ValueError, match="21 tokens"):
-        pack([3, 21], 20, 0)
+        best_fit([3, 21], int, 20)
 
 
 def test_a_sequence_names_its_examples_and_learns_no_first_token() -> None:
@@ -81,7 +82,7 @@ def test_positions_restart_with_every_example_and_with_the_padding() -> None:
 def test_packed_losses_and_gradients_are_those_of_padded_rows(name: str, attention: str) -> None:
     model, rows = make_model(name), make_rows(12)
     model.set_attn_implementation(attention)
-    packed = list(PackedRows(rows, capacity=24, seed=0))
+    packed = [join(sequence) for sequence in best_fit(rows, lambda row: len(row.ids), 24)]
     assert len(packed) < 6
 
     padded_loss = loss_of(model, rows)
@@ -101,16 +102,34 @@ def test_packed_losses_and_gradients_are_those_of_padded_rows(name: str, attenti
         assert loss_of(model, [sequence]).item() == pytest.approx(expected, abs=1e-5 * len(sequence.ids))
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_loss_of_packed_rows_is_that_of_transformers(name: str) -> None:
+    model, rows = make_model(name), make_rows(9)
+    packed = [join(sequence) for sequence in best_fit(rows, lambda row: len(row.ids), 24)]
+    batch = collate(packed, CPU)
+    theirs = model(**batch.inputs, labels=batch.labels_BT, use_cache=False).loss  # with a cache it sees no packing
+    ours = loss_of(model, packed) / sum(row.targets for row in packed)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+
+
 def test_batches_of_packed_rows_are_batches_of_sequences() -> None:
     rows = make_rows(60)
-    packed = PackedRows(rows, capacity=30, seed=3)
-    batches = Batches(packed, batch_size=4, seed=3)
-    first = [batches[step] for step in range(batches.per_epoch)]
+    batches = Batches(rows, batch_size=4, seed=3, capacity=30)
+    first = batches.first_epoch()
     assert all(len(batch) == 4 for batch in first)
     seen = [source for batch in first for row in batch for source in row.sources]
     assert len(seen) == len(set(seen)) >= 60 - 3 * 8
-    assert Batches(PackedRows(rows, capacity=30, seed=3), 4, seed=3)[7] == batches[7]
-    assert packed.efficiency > 0.95
+    assert all(len(row.ids) <= 30 for batch in first for row in batch)
+    assert batches.efficiency > 0.9
+    later = batches[len(first) + 1]
+    assert later not in first  # another epoch packs anew
+    assert Batches(rows, 4, seed=3, capacity=30)[len(first) + 1] == later
+    assert batches[1] == first[1]
+
+
+def test_too_few_packed_sequences_are_refused() -> None:
+    with pytest.raises(UserError, match="give batch_size=2 or less"):
+        Batches(make_rows(5), 4, seed=0, capacity=20)
 
 
 def test_a_model_that_carries_state_across_examples_is_refused() -> None:
@@ -121,3 +140,20 @@ def test_a_model_that_carries_state_across_examples_is_refused() -> None:
     mamba = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=32, state_size=4, num_hidden_layers=1))
     with pytest.raises(UserError, match="give packing=false"):
         check_packing(mamba, sequences=2)
+
+
+@pytest.mark.parametrize("family", ["mamba", "jamba"])
+def test_an_architecture_that_leaks_is_refused_before_any_worker_starts(family: str, tmp_path: Path) -> None:
+    from transformers import JambaConfig, LlamaConfig, MambaConfig
+
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 6}
+    heads = {"intermediate_size": 64, "num_attention_heads": 2}
+    LlamaConfig(vocab_size=5000, pad_token_id=4999, **sizes, **heads).save_pretrained(tmp_path / "llama")
+    refuse_leaking(str(tmp_path / "llama"))
+    configs = {
+        "mamba": lambda: MambaConfig(vocab_size=5000, state_size=4, **sizes),
+        "jamba": lambda: JambaConfig(vocab_size=5000, mamba_d_state=4, num_key_value_heads=2, **sizes, **heads),
+    }
+    configs[family]().save_pretrained(tmp_path / family)
+    with pytest.raises(UserError, match="give packing=false"):
+        refuse_leaking(str(tmp_path / family))

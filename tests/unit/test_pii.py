@@ -286,3 +286,41 @@ def test_masks_show_the_kind_and_hide_the_person() -> None:
     text = "ann.smith@example.org and 4111 1111 1111 1111"
     masked = [finding.masked() for finding in find(text)]
     assert masked == ["a***@***.org", "411* **** **** ****"]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("4111 1111 1111 1111 12/25", "4111 1111 1111 1111"),
+        ("4111111111111111 123", "4111111111111111"),
+        ("2024 4111-1111-1111-1111, 2025", "4111-1111-1111-1111"),
+        ("2223003122003222", "2223003122003222"),
+        ("2223 0031 2200 3222", "2223 0031 2200 3222"),
+        ("AT611904300234573201 BKAUATWW", "AT611904300234573201"),
+        ("ES9121000418450200051332 EUR 50", "ES9121000418450200051332"),
+        ("PL61109010140000071219812874 PLN", "PL61109010140000071219812874"),
+        ("SE4550000000058398257466 SEB", "SE4550000000058398257466"),
+        ("de89 3704 0044 0532 0130 00 eur", "de89 3704 0044 0532 0130 00"),
+        ("o'brien@mail.com", "o'brien@mail.com"),
+        ("mail='ann@mail.com'", "ann@mail.com"),
+        ("jürgen@müller.de", "jürgen@müller.de"),
+        ("写信给ann@mail.com谢谢", "ann@mail.com"),
+    ],
+)
+def test_a_finding_ends_where_the_next_thing_begins(text: str, found: str) -> None:
+    assert [finding.text for finding in find(text)] == [found]
+
+
+def test_a_table_of_numbers_is_no_card() -> None:
+    assert not find("4111 1111 1111 1111 4096 8192 1024 2048")
+
+
+def test_a_private_key_that_is_cut_off_is_found_as_far_as_it_goes() -> None:
+    key = private_key(random.Random(3)).rpartition("\n")[0]
+    assert redact(f"{key}\n\nRead on here.", ["secret"])[0] == "[secret]\n\nRead on here."
+
+
+@pytest.mark.parametrize("text", ["setting 86095742719", "guid 234123412346", "Sofia 111222333"])
+def test_the_word_that_names_a_number_is_a_whole_one(text: str) -> None:
+    assert not find(text)
+    assert [f.kind for f in find(text.replace("setting", "user_tin:").replace("guid", "UID").replace("Sofia", "sofi"))]

@@ -13,6 +13,7 @@ from workbench.errors import UserError
 from workbench.resources import ResourceRequest
 from workloads.plan import GIB, candidates, check_memory, estimate
 from workloads.sft import SftConfig
+from workloads.training.devices import refuse_small
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,14 @@ def host(name: str, *cards: tuple[str, float], reserved: bool = False) -> Node:
     return Node(name, cards=named, total={"GPU": float(len(cards))})
 
 
+def test_gpt2_is_planned_in_four_bits_too(tmp_path: Path) -> None:
+    from transformers import GPT2Config
+
+    GPT2Config(vocab_size=512, n_positions=256, n_embd=256, n_layer=3, n_head=4).save_pretrained(tmp_path)
+    whole, packed = (estimate(config_of(str(tmp_path), quantization=kind)) for kind in ("none", "nf4"))
+    assert packed.parts["weights"] < 0.5 * whole.parts["weights"]
+
+
 def test_the_plan_is_printed_as_json_without_weights_or_a_run(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -55,6 +64,30 @@ def test_pretraining_is_planned_too(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["train", "pretrain", "--plan"])
     assert ended.value.code == 0 and "an estimate, for" in capsys.readouterr().out
+
+
+def test_preferences_are_planned_too_as_pairs(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pairs.jsonl").write_text("{}\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "dpo", f"base={base}", f"data={tmp_path / 'pairs.jsonl'}", "--plan"])
+    assert ended.value.code == 0 and "8 pairs of 1024 tokens at once" in capsys.readouterr().out
+
+
+def test_offloaded_shards_are_the_hosts(base: str) -> None:
+    on_cards, on_hosts = (estimate(config_of(base, strategy=way)) for way in ("fsdp2", "fsdp2-offload"))
+    assert on_cards.host == 0 and on_hosts.peak < on_cards.peak
+    assert "update" not in on_hosts.phases  # AdamW works on the host
+    assert 0 < on_hosts.host <= on_cards.phases["update"]
+
+
+def test_each_stage_of_zero_leaves_less_on_a_card(base: str) -> None:
+    keys = {"method": "full", "quantization": "none", "dtype": "float32", "batch_size": 2}
+    ways: dict[str, int] = {"single": 1, "zero2": 2, "zero3": 2}
+    alone, two, three = (
+        estimate(config_of(base, strategy=way, workers=workers, **keys)).phases["update"]
+        for way, workers in ways.items()
+    )
+    assert alone > two > three
 
 
 def test_a_command_without_a_plan_says_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,3 +127,19 @@ def test_nothing_is_checked_where_a_cards_memory_is_not_known(base: str) -> None
     assert not candidates(config_of(base, gpu="any"), [host("a", ("small", 0.01)), unnamed])
     assert not candidates(SftConfig(base=base), [host("a", ("small", 0.01))])
     assert [card.memory_gb for card in candidates(config_of(base), [host("a", ("small", 0.01)), unnamed])] == [0.01]
+
+
+def test_the_cards_that_the_workers_got_are_compared_too() -> None:
+    cards = [("RTX 5090", 32 * GIB), ("RTX PRO 6000", 96 * GIB)]
+    refuse_small(30 * GIB, cards, 1.0)
+    with pytest.raises(UserError, match=r"needs 40.0 GiB .* worker 0 got RTX 5090 with 32.0"):
+        refuse_small(40 * GIB, cards, 1.0)
+    with pytest.raises(UserError, match=r"worker 0 got RTX 5090 with 16.0"):
+        refuse_small(30 * GIB, cards, 0.5)
+
+
+def test_what_a_card_must_hold_is_told_to_the_workers(base: str) -> None:
+    config = config_of(base, gpu="any")
+    unnamed = [Node("b", total={"GPU": 1.0})]
+    assert check_memory(config, unnamed, pytest.fail) == estimate(config).peak
+    assert check_memory(SftConfig(base=base), unnamed, pytest.fail) == 0  # on CPUs

@@ -14,7 +14,7 @@ from workloads.chat_templates import load_tokenizer
 from workloads.dpo import DpoConfig
 from workloads.encoding import Recipe
 from workloads.preferences import encode_preferences, preferences, read_preferences
-from workloads.prepared import prepare, training_rows
+from workloads.prepared import batches_of, prepare
 from workloads.tokenized import TokenRows
 from workloads.tokenizer import train_tokenizer
 from workloads.training.batches import IGNORE
@@ -172,7 +172,7 @@ def test_pairs_are_dealt_tokenized_and_asked(
     assert (
         f"{made.counts.alike} rows whose chosen and rejected answers are alike were left out" in capsys.readouterr().err
     )
-    pairs = training_rows(TokenRows(made.train), given)
+    pairs = batches_of(TokenRows(made.train), given).rows
     assert isinstance(pairs, Pairs)
     assert len(pairs) == made.counts.rows
     kept = [row for row in parts["train"] if row.chosen != row.rejected]

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from profiling.page import summarize
 from profiling.recorder import write_part
 from profiling.samplers import Reading
-from profiling.timeline import interfaces, phase_table, summarize, timeline_figure
-from profiling.trace import HostTrace, Phase, read_phases, read_samples
+from profiling.timeline import interfaces, phase_table, timeline_figure
+from profiling.trace import HostTrace, Phase, read_phases, read_recording
 from workbench.errors import UserError
 from workbench.files import write_json
 
@@ -43,7 +44,7 @@ def made_trace(folder: Path, seconds: int = 20) -> Path:
 
 @pytest.fixture
 def trace(tmp_path: Path) -> HostTrace:
-    return read_samples(made_trace(tmp_path))["box"]
+    return read_recording(made_trace(tmp_path)).hosts["box"]
 
 
 def test_bytes_of_an_interval_are_the_rise_of_the_counter(trace: HostTrace) -> None:
@@ -69,7 +70,7 @@ def test_a_lost_part_loses_no_bytes(tmp_path: Path) -> None:
     folder = made_trace(tmp_path)
     samples = [(START + t, Reading("disk.read_bytes", "sda", 5e9 + (t - 10) * GIB)) for t in (100, 101)]
     write_part(folder / "box", samples)
-    trace = read_samples(folder)["box"]
+    trace = read_recording(folder).hosts["box"]
     assert trace.total("disk.read_bytes", START, START + 101) == pytest.approx(91 * GIB)
 
 
@@ -112,7 +113,7 @@ def test_bridges_are_not_counted_twice(trace: HostTrace) -> None:
 
 
 def test_the_summary_is_of_the_whole_recording(tmp_path: Path) -> None:
-    summary = summarize(read_samples(made_trace(tmp_path)))
+    summary = summarize(read_recording(made_trace(tmp_path)))
     assert (summary["hosts"], summary["samples"], summary["recorded_seconds"]) == (1, 21, 20.0)
     assert (summary["disk_read_gib"], summary["network_sent_gib"], summary["sensors_missing"]) == (10.0, 2.0, 1)
     assert summary["sampler_core_percent"] == 0.5
@@ -165,4 +166,4 @@ def test_a_phase_that_ends_before_it_starts_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_without_samples_says_what_to_give(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give the run folder of a 'workbench profile record'"):
-        read_samples(tmp_path)
+        read_recording(tmp_path)

@@ -6,9 +6,9 @@ from ftfy.badness import badness
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.duplicates import words_of
 from data_pipelines.ngrams import Words
 from data_pipelines.quality import SHARES, boilerplate, c4, compression, line_shares, mojibake, quality, script
+from data_pipelines.words import words_of
 
 PROSE = (
     "The river that runs below the old town has been to the people of the valley what a road is to others. "

@@ -11,9 +11,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from workbench.errors import UserError
-from workbench.files import read_json
+from workbench.files import read_json, write_json
 from workbench.runs import Run, finish, open_run
-from workbench.tracking import Tracker, read_metrics
+from workbench.tracking import WANDB_IDENTITY, Tracker, read_metrics
 from workloads.training.checkpoint import Checkpoints, complete
 from workloads.training.config import TrainingConfig
 from workloads.training.history import History
@@ -90,6 +90,7 @@ def test_a_run_that_cannot_be_gone_on_with_is_refused() -> None:
 
 def test_the_newest_and_the_best_checkpoint_are_taken_over_with_every_step_once() -> None:
     folder = cut_short()
+    write_json(folder / WANDB_IDENTITY, {"id": "1234abcd", "name": "first"})
     with open_run("train", "sft", config(resume=str(folder))) as run:
         run.input("train", path=folder / "artifacts" / "train.jsonl")
         assert adopt(str(folder), run) == 8
@@ -100,6 +101,7 @@ def test_the_newest_and_the_best_checkpoint_are_taken_over_with_every_step_once(
         assert read_json(run.folder / "inputs.json")["resume"]["step"] == 8
     assert [row["step"] for row in read_metrics(run.folder)] == list(range(1, 10))
     assert (run.folder / SAMPLES).read_text() == '{"step": 4}\n'
+    assert read_json(run.folder / WANDB_IDENTITY)["id"] == "1234abcd"
     assert [row["step"] for row in read_metrics(folder)] == list(range(1, 13))  # the old run is as it was
     board = EventAccumulator(str(run.folder / "tensorboard"))
     board.Reload()

@@ -48,6 +48,7 @@ def test_a_row_says_what_when_and_on_which_commit(runs_root: Path) -> None:
         "commit": "abc",
         "clean": False,
         "host": "there",
+        "cost": {"gpu_hours": 0.0, "joules": None, "money": None, "currency": "EUR"},
         "summary": {"documents": 3},
         "folder": str(folder),
     }

@@ -129,6 +129,18 @@ def test_a_fingerprint_changes_with_a_byte_and_with_a_name(tmp_path: Path) -> No
     assert len({first, second, fingerprint(tmp_path)}) == 3
 
 
+def test_a_fingerprint_follows_links_but_not_back(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "a").write_text("one")
+    (folder / "linked").symlink_to(elsewhere, target_is_directory=True)
+    (folder / "above").symlink_to(folder, target_is_directory=True)
+    first = fingerprint(folder)
+    (elsewhere / "a").write_text("two")
+    assert fingerprint(folder) != first
+
+
 def test_there_is_no_fingerprint_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         fingerprint(tmp_path / "none")

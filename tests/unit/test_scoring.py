@@ -15,6 +15,8 @@ def test_functional_groups_are_right_in_any_order_and_other_answers_only_exactly
 def test_partial_credit_is_the_overlap_over_the_union() -> None:
     assert partial_credit("groups", "acid, amine", "acid, ester") == pytest.approx(1 / 3)
     assert partial_credit("rings", "2", "1") == 0
+    assert partial_credit("all", "it is two", "it is three or two") == pytest.approx(6 / 8)
+    assert partial_credit("all", "", "") == 1
 
 
 def test_wilson_intervals_are_those_of_the_literature() -> None:

@@ -87,6 +87,13 @@ def test_ids_that_cannot_be_kept_apart_or_stored(tmp_path: Path) -> None:
         select(dataset(tmp_path, id=["a" * 513], text=["1"]), "")
 
 
+def test_broken_text_is_refused(tmp_path: Path) -> None:
+    broken = pa.array([b"one", b"br\xffken"], pa.binary()).view(pa.string())
+    for columns in ({"text": broken}, {"text": ["one", "two"], "title": broken}):
+        with pytest.raises(UserError, match="text that is not UTF-8; let 'data audit' read them"):
+            select(dataset(tmp_path, id=["a", "b"], **columns), "")
+
+
 def test_columns_of_other_types(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the column 'text' of .* holds int64, not text"):
         open_documents(Path(dataset(tmp_path, id=["a"], text=[1]).files[0]), ["id", "text"])
@@ -96,6 +103,7 @@ def test_columns_of_other_types(tmp_path: Path) -> None:
     far = pa.array([2**60], pa.int64()).view(pa.timestamp("us"))
     batch = pa.table({"id": ["a"], "text": ["x"], "when": far})
     assert "when" in normal_rows(batch, ["when"])["metadata"][0]
+    assert list(select(dataset(tmp_path, id=["a"], text=["x"], when=far), "", metadata=["when"]).contents) == ["a"]
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,17 @@
 """What serving computes and refuses before any engine starts."""
 
-import asyncio
 import stat
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from serve.application import causes
 from serve.engine import ModelConfig
-from serve.ingress import RequireKey
-from serve.keys import client_key, digest, make_key, read_key
-from serve.loadtest import read_prompts, summarise
+from serve.keys import client_key, make_key, read_key
 from serve.passages import preference, rank, sentences, share, trim
-from serve.traffic import Outcome
 from serve.up import ServeConfig
 from workbench.config import load
 from workbench.errors import UserError
-
-
-def outcome(latency: float, first: float = 0.1, tokens: int = 11, error: str = "") -> Outcome:
-    return Outcome(started=0.0, latency=latency, first_token=first, output_tokens=tokens, prompt_tokens=5, error=error)
 
 
 def test_a_new_key_is_readable_by_its_owner_alone(tmp_path: Path) -> None:
@@ -62,97 +53,6 @@ def test_the_client_key_is_the_files_then_the_environments(
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(UserError, match="serve up"):
         client_key(None)
-
-
-def answer_of(headers: list[tuple[bytes, bytes]], path: str = "/v1/models", kind: str = "http") -> list[dict[str, Any]]:
-    """What the middleware sends for a request; the application behind it sends one message with the headers it saw."""
-    sent: list[dict[str, Any]] = []
-
-    async def application(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "reached", "headers": scope["headers"]})
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": b"", "more_body": False}
-
-    scope = {"type": kind, "path": path, "root_path": "", "headers": headers, "method": "GET"}
-    asyncio.run(RequireKey(application, digest("secret"))(scope, receive, send))
-    return sent
-
-
-def test_the_right_key_reaches_the_application_and_goes_no_further() -> None:
-    [message] = answer_of([(b"host", b"x"), (b"Authorization", b"Bearer secret")])
-    assert message == {"type": "reached", "headers": [(b"host", b"x")]}
-
-
-@pytest.mark.parametrize(
-    "headers",
-    [
-        [],
-        [(b"authorization", b"Bearer wrong")],
-        [(b"authorization", b"Bearer ")],
-        [(b"authorization", b"secret")],
-        [(b"authorization", b"Basic secret")],
-        [(b"authorization", b"Bearer secret"), (b"authorization", b"Bearer wrong")],
-        [(b"authorization", b"Bearer \xff\xfe")],
-    ],
-)
-def test_any_other_authorization_is_answered_401(headers: list[tuple[bytes, bytes]]) -> None:
-    start = answer_of(headers)[0]
-    assert (start["type"], start["status"]) == ("http.response.start", 401)
-
-
-def test_a_websocket_without_the_key_is_closed() -> None:
-    assert answer_of([], kind="websocket") == [{"type": "websocket.close", "code": 1008}]
-
-
-def test_only_the_health_path_is_open() -> None:
-    assert answer_of([], path="/health")[0]["type"] == "reached"
-    assert answer_of([], path="/health/../v1/models")[0]["status"] == 401
-
-
-def test_percentiles_interpolate_linearly() -> None:
-    summary = summarise([outcome(latency=i / 1000) for i in range(1, 101)], wall=2.0)
-    assert summary["latency_p50_ms"] == pytest.approx(50.5)
-    assert summary["latency_p95_ms"] == pytest.approx(95.05)
-    assert summary["latency_p99_ms"] == pytest.approx(99.01)
-
-
-def test_throughput_counts_what_succeeded_over_the_wall_time() -> None:
-    summary = summarise([outcome(1.0), outcome(1.0), outcome(0.1, error="HTTP 503")], wall=2.0)
-    assert (summary["requests"], summary["errors"]) == (3, 1)
-    assert summary["requests_per_s"] == 1.0
-    assert summary["output_tokens_per_s"] == 11.0
-    assert summary["error_kinds"] == "HTTP 503: 1"
-
-
-def test_failed_requests_have_no_part_in_the_latencies() -> None:
-    summary = summarise([outcome(1.0), outcome(100.0, error="ReadTimeout")], wall=1.0)
-    assert summary["latency_p99_ms"] == pytest.approx(1000)
-
-
-def test_inter_token_latency_leaves_out_the_first_token() -> None:
-    assert outcome(latency=1.1, first=0.1, tokens=11).inter_token == pytest.approx(0.1)
-    assert outcome(latency=0.1, first=0.1, tokens=1).inter_token is None
-
-
-def test_a_level_without_success_has_no_percentiles() -> None:
-    assert summarise([outcome(1.0, error="ConnectError")], wall=1.0)["ttft_p50_ms"] is None
-
-
-def test_prompts_come_from_instruction_and_input(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"instruction": "Count rings.", "input": "C1CC1"}\n\n{"prompt": "Hello"}\n')
-    assert read_prompts(path, 10) == ["Count rings.\nC1CC1", "Hello"]
-
-
-def test_a_line_without_a_prompt_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "Hello"}\n{"question": "?"}\n')
-    with pytest.raises(UserError, match=r"prompts\.jsonl:2"):
-        read_prompts(path, 10)
 
 
 def test_the_causes_are_the_exceptions_a_log_names() -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from data_pipelines.sources import Row
 from data_pipelines.textfiles import text_files
 from workbench.conversations import ExchangeColumns, Form, SchemaError, looks_like, read_exchange
 from workbench.errors import UserError
+from workbench.files import fingerprint
 
 PDF = (
     "<< /Type /Catalog /Pages 2 0 R >>",
@@ -82,6 +84,9 @@ def test_a_folder_of_everything(tmp_path: Path) -> None:
          ["", "fewer fields than columns", "more fields than columns", "undecodable row", ""]),
         ("a.csv", b'text,n\nright,1\n"open,1\nright,2\n"two\nlines",3\n"open,4\n',
          ["", "not a row of CSV", "", "", "not a row of CSV"]),
+        ("a.csv", b'text,n\na,\n,\n\n"q"x,1\nright,1\n', ["", "", "not a row of CSV", ""]),
+        ("a.csv", b"text,n\nright,br\xffken and unused\n", [""]),
+        ("a.jsonl", b'{"text": "a\\ud800b"}\n{"text": "\\ud83e\\udd86"}', ["undecodable row", ""]),
         ("a.jsonl", b'{"other": 1}\n[]\n{"text": "right"}', ["text is missing", "not a JSON object", ""]),
         ("a.jsonl", b'{"text": "right"}\n{"text": null}\n{"text": 5}\n[1]\n{"te\n{"text": "\xff"}\n{"text": "cut',
          ["", "text is missing", "text is no text but int", "not a JSON object", "not a JSON object",
@@ -94,6 +99,8 @@ def test_a_folder_of_everything(tmp_path: Path) -> None:
         ("a.pdf", pdf(""), ["no text in it, perhaps a scan"]),
         ("a.html", b"<meta charset=nonsense><p>x", ["unknown encoding"]),
         ("a.html", b"<p>caf\xe9", ["undecodable file"]),
+        ("a.html", b'<meta charset="undefined"><p>x', ["undecodable file"]),
+        ("a.html", b"<meta charset=punycode><p>-x\xe9", ["undecodable file"]),
     ],
 )  # fmt: skip
 def test_what_is_broken_has_a_reason(name: str, content: bytes, reasons: list[str], tmp_path: Path) -> None:
@@ -142,6 +149,27 @@ def test_files_of_other_kinds_are_told(tmp_path: Path) -> None:
     assert ([file.name for file in files], left_out) == (["a.txt"], ("b.docx", "c.json"))
 
 
+def test_links_pipes_and_odd_names_in_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.txt").write_text("words")
+    (tmp_path / "sub" / "self").symlink_to(".")
+    (tmp_path / "sub" / "up").symlink_to(tmp_path)
+    (tmp_path / "linked").symlink_to("sub")
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    (tmp_path / "round.txt").symlink_to("round.txt")
+    os.mkfifo(tmp_path / "pipe.txt")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff.txt")).write_text("words")
+    assert {row.source: row.text or row.reason for row in rows(tmp_path)} == {
+        "bad\\xff.txt": "the path is not UTF-8",
+        "gone.txt": "unreadable file (FileNotFoundError)",
+        "linked/a.txt": "words",
+        "pipe.txt": "a pipe, socket or device",
+        "round.txt": "unreadable file (OSError)",
+        "sub/a.txt": "words",
+    }
+    assert fingerprint(tmp_path)
+
+
 def test_a_line_too_long_is_skipped_and_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(textfiles, "LONGEST_LINE", 100)
     (tmp_path / "a.jsonl").write_text("\n".join(['{"text": "a"}', '{"text": "' + "x" * 999 + '"}', '{"text": "b"}']))
@@ -157,8 +185,8 @@ def test_the_column_mapping(tmp_path: Path) -> None:
         rows(tmp_path)
     with pytest.raises(UserError, match="name one with id_column"):
         rows(tmp_path, Columns("body", id="nr"))
-    ids = [columns.row({"body": "x", "key": key}, "p").reason for key in (None, "", "x" * 129, "x")]
-    assert ids == ["id is missing", "id is missing", "id is longer than 128 bytes", ""]
+    ids = [columns.row({"body": "x", "key": key}, "p").reason for key in (None, "", "x" * 129, "x\0", "x")]
+    assert ids == ["id is missing", "id is missing", "id is longer than 128 bytes", "id has a NUL character", ""]
 
 
 ALPACA = {"instruction": "Add.", "input": "1 2", "output": "3"}
@@ -216,6 +244,7 @@ def test_html_keeps_blocks_apart_and_leaves_navigation_out() -> None:
     assert html_text(page.encode()) == ("", "Title\none\ntwo\na bc")
     assert html_text("<title>ä</title>ö".encode("utf-16")) == ("ä", "ö")
     assert html_text("<meta charset='latin-1'><p>é".encode("latin-1"))[1] == "é"
+    assert html_text("<meta charset=UTF-16LE><p>plain é".encode())[1] == "plain é"
 
 
 def test_an_encrypted_pdf_says_so(tmp_path: Path) -> None:
@@ -244,12 +273,16 @@ def test_a_database_by_table_and_by_query(tmp_path: Path) -> None:
         ("1", "one", ""), ("2", "", "text is missing"), ("3", "three", "")
     ]  # fmt: skip
     assert len(read_all(Reading(source=url, query="SELECT text FROM pages WHERE id > 2"))) == 1
+    assert len(read_all(Reading(source=url, query="main.pages"))) == 3
+    assert [row.text for row in read_all(Reading(source=url, query="SELECT ':x 9%' AS text"))] == [":x 9%"]
     for reading, message in [
         (Reading(source=url, query="leaves"), "no such table"),
         (Reading(source=url), "say what to read"),
         (Reading(source=url, query="SELECT id FROM pages"), "no column 'text'"),
         (Reading(source="sqlite:////nowhere.db", query="x"), "no such SQLite file"),
         (Reading(source="nosuch://host/db", query="x"), "not a database URL that SQLAlchemy knows"),
+        (Reading(source="postgresql://u:pw@host:notaport/db", query="x"), "the port in the database URL is no number"),
+        (Reading(source="postgresql://u:p@ss:hidden@host/db", query="x"), "in a password write %40 for @"),
         (Reading(source="mysql+pymysql://u:hidden@host/db", query="x"), "pip install pymysql"),
     ]:
         with pytest.raises(UserError, match=message) as raised:
@@ -278,6 +311,17 @@ def test_a_hugging_face_data_set_in_a_folder(tmp_path: Path, monkeypatch: pytest
     assert [row.text for row in read_all(Reading(source=f"hf:{tmp_path / 'set'}", split="test"))] == ["c"]
     with pytest.raises(UserError, match="hf:"):
         open_reading(Reading(source=f"hf:{tmp_path / 'set'}", split="nowhere"))
+
+
+def test_broken_text_in_a_hugging_face_data_set_loses_its_row_alone(tmp_path: Path) -> None:
+    import datasets
+
+    texts = [b"whole"] * 302 + [b"br\xffken"] + [b"whole"] * 501
+    table = pa.table({"text": pa.array(texts, pa.binary()).view(pa.string())})
+    datasets.Dataset(table).save_to_disk(str(tmp_path / "set"))
+    found = read_all(Reading(source=f"hf:{tmp_path / 'set'}"))
+    assert [row.source.rpartition(":")[2] for row in found] == [str(line) for line in range(1, 805)]
+    assert {line: row.reason for line, row in enumerate(found) if row.reason} == {302: "undecodable row"}
 
 
 OBJECTS = {"docs/a.txt": b"From a bucket.", "docs/b.jsonl": b'{"text": "Line one"}\n{"text": "Line two"}\n'}

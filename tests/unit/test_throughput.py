@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from workloads.training.batches import Row
-from workloads.training.throughput import Meter, attention_flops, peak_flops, weight_flops
+from workloads.training.batches import IGNORE, Row
+from workloads.training.throughput import Meter, attention_flops, head_flops, peak_flops, step_flops, weight_flops
 
 CPU = torch.device("cpu")
 
@@ -26,6 +26,21 @@ def test_a_trained_weight_costs_six_operations_a_token_and_an_embedding_none(tie
     matrices = [weight for name, weight in model.named_parameters() if weight.dim() == 2 and "embed" not in name]
     head = [model.lm_head.weight] if tied else []
     assert weight_flops(model) == 6 * sum(weight.numel() for weight in matrices + head)
+
+
+def test_the_layers_of_gpt2_count_as_linear_ones() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from workloads.training.adapters import add_adapter
+    from workloads.training.config import AdapterConfig
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_positions=64, n_embd=32, n_layer=2, n_head=4))
+    matrices = [weight for name, weight in model.named_parameters() if weight.dim() == 2 and "wpe" not in name]
+    numbers = sum(weight.numel() for weight in matrices)
+    assert weight_flops(model) == 6 * numbers
+    adapted = add_adapter(model, AdapterConfig(rank=2))
+    lora = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+    assert weight_flops(adapted) == 4 * numbers + 6 * lora
 
 
 def test_a_frozen_weight_costs_four_and_its_adapter_six() -> None:
@@ -72,6 +87,15 @@ def test_only_the_experts_that_a_token_visits_count(tmp_path: Path, kind: Any) -
 
 def test_attention_costs_twelve_times_layers_times_width_for_each_token_of_the_sequence() -> None:
     assert attention_flops(llama()) == 12 * 3 * 64
+
+
+def test_a_step_costs_the_head_where_a_token_is_learned_and_attention_within_each_example() -> None:
+    model = llama()
+    head = head_flops(model)
+    assert head == 6 * model.config.vocab_size * model.config.hidden_size
+    row = Row([1] * 10, [IGNORE] * 6 + [1] * 4, starts=(0, 6))
+    costs = weight_flops(model), attention_flops(model), head
+    assert step_flops([row, row], *costs) == 2 * (10 * (costs[0] - head) + 4 * head + (36 + 16) * costs[1])
 
 
 def test_tokens_are_counted_without_padding_and_time_aside_does_not_count() -> None:

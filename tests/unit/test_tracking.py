@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from kills import wait_until
 
-from workbench.tracking import Tracker, read_metrics, wandb_mode
+from workbench.tracking import WANDB_IDENTITY, Tracker, read_metrics, wandb_mode
 
 
 @pytest.fixture
@@ -56,6 +56,17 @@ def test_rows_reach_an_offline_wandb_run(tmp_path: Path) -> None:
     tracker.close({"best": 0.25})
     [offline] = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     wait_until(lambda: b"loss" in offline.read_bytes(), 60, "W&B's process has written the row")
+
+
+def test_a_run_that_is_begun_again_is_the_same_run_in_wandb(tmp_path: Path) -> None:
+    for step in (1, 2):
+        tracker = Tracker(tmp_path, first_step=step)
+        tracker.log(step, loss=0.25)
+        tracker.close()
+    identity = json.loads((tmp_path / WANDB_IDENTITY).read_text())
+    assert identity["name"] == tmp_path.name
+    offline = [file.stem for file in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")]
+    assert offline == [f"run-{identity['id']}"] * 2
 
 
 @pytest.mark.usefixtures("no_wandb")

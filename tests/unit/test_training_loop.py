@@ -12,6 +12,7 @@ from workbench.errors import Failure, UserError
 from workloads.sft import SftConfig
 from workloads.training.batches import IGNORE, Batches, Row, collate
 from workloads.training.config import TrainingConfig
+from workloads.training.divergence import Diverged
 from workloads.training.fsdp import check_storage
 from workloads.training.history import History
 from workloads.training.loop import learning_rate, train
@@ -66,6 +67,16 @@ def config(**changes: Any) -> TrainingConfig:
 def test_the_loss_falls() -> None:
     curve = losses(config(steps=30, learning_rate=1e-2))
     assert curve[-1][1] < 0.5 * curve[0][1]
+
+
+def test_weights_that_the_last_step_ruined_are_no_result() -> None:
+    model, rows, once = make_model(), make_rows(12), config(steps=1, warmup_steps=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=once.learning_rate)
+    optimizer.register_step_post_hook(lambda *_: model.lm_head.weight.data.fill_(torch.nan))
+    batches = Batches(rows, once.batch_size, once.seed)
+    with pytest.raises(Diverged, match=r"the held-out loss is nan after step 1; .*lower learning_rate") as error:
+        train(model, batches, once, validation=rows, events=Silent(), optimizer=optimizer)
+    assert error.value.since == 1
 
 
 def test_micro_batches_change_no_loss() -> None:
@@ -136,9 +147,14 @@ def test_packed_bytes_are_never_cast() -> None:
     [
         (["batch_size=5"], "batch_size 5 does not divide over 2 workers"),
         (["strategy=single"], "give workers=1"),
+        (["strategy=zero3", "compile=true"], "compile=false, or strategy=fsdp2"),
         (["warmup_steps=200"], "leaves none of 200 steps"),
         (["method=full"], "quantization=none"),
         (["adapter.rnak=4"], "did you mean 'adapter.rank'"),
+        (["learning_rate=.inf"], "learning_rate: Input should be a finite number"),
+        (["adapter.alpha=.inf"], r"adapter\.alpha: Input should be a finite number"),
+        (["seed=99999999999999999999"], "seed: Input should be less than"),
+        (["adapter.targets=[]"], "give adapter.targets=all-linear"),
         (["data=/no/such/rows.jsonl"], "no such file"),
         (["base=/no/such/model"], "no model there"),
     ],

@@ -1,16 +1,16 @@
 """Token rows, the global batch of each step, and its padded tensors."""
 
 import itertools
-import random
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor
 
 from workbench.errors import UserError
+from workloads.training.dealing import Deal, Epoch, Window, best_fit
 
 IGNORE = -100
 """A label that is not trained on, as in ``torch.nn.functional.cross_entropy``."""
@@ -62,39 +62,91 @@ def lengths_of(rows: Sequence[Row]) -> Sequence[int]:
     return [len(row.ids) for row in rows] if known is None else known
 
 
-class Batches:
-    """The global batch of any step, as a pure function of the step.
+def join(rows: Sequence[Row]) -> Row:
+    """One sequence of ``rows``. An example's first token has nothing before it: its label is ``IGNORE``."""
+    ids: list[int] = []
+    labels: list[int] = []
+    starts = []
+    for row in rows:
+        starts.append(len(ids))
+        ids += row.ids
+        labels += [IGNORE, *row.labels[1:]]
+    return Row(ids, labels, tuple(source for row in rows for source in row.sources), tuple(starts))
 
-    An epoch is a permutation drawn from the seed. Within each ``WINDOW`` batches of it, rows of like length share a
-    batch, so that little is padded; then the batches are shuffled. Rows that fill no batch sit the epoch out.
-    Raises UserError where the rows fill no batch at all.
-    """
 
-    WINDOW = 16
-
-    def __init__(self, rows: Sequence[Row], batch_size: int, seed: int) -> None:
-        if len(rows) < batch_size:
-            raise UserError(f"{len(rows)} training rows do not fill a batch: give batch_size={len(rows)} or less")
-        self.rows, self.batch_size, self.seed = rows, batch_size, seed
-        self.per_epoch = len(rows) // batch_size
-        self._lengths = lengths_of(rows)
-        self._epoch, self._batches = -1, list[list[int]]()
+class StepBatches(Protocol):
+    """The global batch of any step, the same on every rank and whenever it is asked for."""
 
     def __getitem__(self, step: int) -> list[Row]:
-        epoch, number = divmod(step, self.per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._batches = epoch, self._deal(random.Random(f"{self.seed} {epoch}"))
-        return [self.rows[index] for index in self._batches[number]]
+        """The sequences of ``step``, from 0."""
 
-    def _deal(self, draw: random.Random) -> list[list[int]]:
-        order = draw.sample(range(len(self.rows)), self.per_epoch * self.batch_size)
-        window = self.WINDOW * self.batch_size
-        batches = []
-        for start in range(0, len(order), window):
-            alike = sorted(order[start : start + window], key=lambda index: self._lengths[index])
-            batches += [alike[i : i + self.batch_size] for i in range(0, len(alike), self.batch_size)]
-        draw.shuffle(batches)
-        return batches
+    def sources(self, step: int) -> tuple[str, ...]:
+        """The documents that they were made of."""
+
+
+class Batches:
+    """Batches of ``rows`` that all lie ready, dealt anew in every epoch (``dealing.py``); with a ``capacity`` rows are
+    packed into sequences of so many tokens. Raises UserError where the rows fill no batch.
+    """
+
+    def __init__(self, rows: Sequence[Row], batch_size: int, seed: int, capacity: int = 0) -> None:
+        self.rows, self._deal = rows, Deal(batch_size, seed, capacity)
+        self._lengths = lengths_of(rows)
+        self._count, places = getattr(rows, "read", len(rows)), getattr(rows, "places", None)
+        self._own = None if places is None else {int(place): own for own, place in enumerate(places)}
+        if not any(window.batches for window in self._windows_of(0)):
+            raise UserError(_too_few(rows, self._lengths, self._deal))
+        self._begin(0, 0)
+
+    def __getitem__(self, step: int) -> list[Row]:
+        if step < self._first:
+            self._begin(0, 0)
+        while step >= self._first + len(self._batches):
+            window = next(self._windows, None)
+            if window is None:
+                self._begin(self._epoch + 1, self._first + len(self._batches))
+            else:
+                self._batches += window.batches
+        return self._rows_of(self._batches[step - self._first])
+
+    def sources(self, step: int) -> tuple[str, ...]:
+        """The documents of the batch of ``step``."""
+        return tuple(source for row in self[step] for source in row.sources)
+
+    def first_epoch(self) -> list[list[Row]]:
+        """All batches of the first epoch."""
+        return [self._rows_of(batch) for window in self._windows_of(0) for batch in window.batches]
+
+    @property
+    def efficiency(self) -> float:
+        """The share of the first epoch's packed sequences that is tokens and not padding."""
+        sequences = [each for window in self._windows_of(0) for batch in window.batches for each in batch]
+        tokens = sum(self._lengths[row] for each in sequences for row in each)
+        return tokens / (self._deal.capacity * len(sequences))
+
+    def _begin(self, epoch: int, first: int) -> None:
+        """``first`` is the step of the epoch's first batch."""
+        self._epoch, self._first = epoch, first
+        self._windows, self._batches = self._windows_of(epoch), list[list[list[int]]]()
+
+    def _windows_of(self, number: int) -> Iterator[Window[int]]:
+        epoch = Epoch(self._deal, self._count, number)
+        order = epoch.order
+        if self._own is not None:
+            order = [self._own[place] for place in order if place in self._own]
+        return epoch.windows(order, self._lengths.__getitem__)
+
+    def _rows_of(self, batch: list[list[int]]) -> list[Row]:
+        if self._deal.capacity:
+            return [join([self.rows[index] for index in sequence]) for sequence in batch]
+        return [self.rows[index] for (index,) in batch]
+
+
+def _too_few(rows: Sequence[Row], lengths: Sequence[int], deal: Deal) -> str:
+    if deal.capacity:
+        sequences = len(best_fit(range(len(rows)), lengths.__getitem__, deal.capacity))
+        return f"{sequences} packed sequences do not fill a batch: give batch_size={max(1, sequences)} or less"
+    return f"{len(rows)} training rows do not fill a batch: give batch_size={len(rows)} or less"
 
 
 class Collated(NamedTuple):

@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from workbench.errors import Failure
 from workbench.files import read_json
 from workloads.training.history import History
+from workloads.training.zero import AnyOptimizer, ZeroOptimizer, copy_of, give_back, is_zero
 
 OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
@@ -95,16 +96,14 @@ class Checkpoints:
                 f"{folder} is not on storage that all workers share: give WORKBENCH_RUNS_ROOT a shared folder"
             )
 
-    def save(
-        self, history: History, model: nn.Module, optimizer: torch.optim.Optimizer, export: Export | None = None
-    ) -> None:
+    def save(self, history: History, model: nn.Module, optimizer: AnyOptimizer, export: Export | None = None) -> None:
         """Copy this rank's shards to the CPU, then write them in the background. ``export`` writes ``adapter/``.
 
         Waits for the checkpoint before, if that is still being written. One that cannot be written, on a full disk for
         instance, is told on stderr and in ``failures.jsonl``: those before it stay, and training goes on.
         """
         self.wait()
-        weights, moments = get_state_dict(model, optimizer, options=OPTIONS)
+        weights, moments = get_state_dict(*self._of_torch(model, optimizer), options=OPTIONS)
         partial = self.folder / f".{_name(history.step)}.partial"
         commit = _Commit(partial, self.folder, history, self._keep_last, export)
         future: Any = dcp.async_save(
@@ -129,17 +128,20 @@ class Checkpoints:
         if self._settled is not None:
             self._settled.wait()
 
-    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> History | None:
+    def load(self, model: nn.Module, optimizer: AnyOptimizer) -> History | None:
         """Load the newest checkpoint into ``model`` and ``optimizer``; returns its history, None if there is none."""
         found = complete(self.folder)
         if not found:
             return None
-        weights, moments = get_state_dict(model, optimizer, options=OPTIONS)
+        targets = self._of_torch(model, optimizer)
+        weights, moments = get_state_dict(*targets, options=OPTIONS)
         state = {"model": weights, "optimizer": moments}
         self._read(found[-1], state)
         set_state_dict(
-            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=OPTIONS
-        )
+            *targets, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=OPTIONS
+        )  # fmt: skip
+        if isinstance(optimizer, ZeroOptimizer):
+            optimizer.take(*targets)
         return history_of(found[-1])
 
     def load_best(self, model: nn.Module) -> None:
@@ -147,9 +149,19 @@ class Checkpoints:
         self.wait()
         best = best_of(self.folder)
         if best is not None:
-            state = {"model": get_model_state_dict(model, options=OPTIONS)}
+            target = copy_of(model, self._group) if self._group is not None and is_zero(model) else model
+            state = {"model": get_model_state_dict(target, options=OPTIONS)}
             self._read(best, state)
-            set_model_state_dict(model, state["model"], options=OPTIONS)
+            set_model_state_dict(target, state["model"], options=OPTIONS)
+            if target is not model:
+                give_back(target, model)
+
+    def _of_torch(self, model: nn.Module, optimizer: AnyOptimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """What has the state in the form of PyTorch: these two, or copies of what DeepSpeed has."""
+        if not isinstance(optimizer, ZeroOptimizer):
+            return model, optimizer
+        assert self._group is not None
+        return optimizer.copies(self._group)
 
     def _read(self, checkpoint: Path, state: dict[str, Any]) -> None:
         dcp.load(state, checkpoint_id=str(checkpoint), process_group=self._group, no_dist=self._group is None)

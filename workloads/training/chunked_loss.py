@@ -225,6 +225,13 @@ def _causal(model: nn.Module) -> Any:
     return None
 
 
+def head_of(model: nn.Module) -> tuple[nn.Module, list[nn.Parameter]]:
+    """The Transformers model in ``model`` and the trained weights from which it makes logits of hidden states; none
+    where its logits come whole."""
+    causal = _causal(model)
+    return (model, []) if causal is None else (causal, _trained(causal, causal.base_model))
+
+
 def _trained(causal: nn.Module, body: nn.Module) -> list[nn.Parameter]:
     """The trained parameters of all but the body, those that the head shares with it included, each once."""
     outside = [*causal.parameters(recurse=False)]

@@ -3,10 +3,12 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import TorchConfigContextManager, _TorchBackend
 
 from cluster.placement import Placement
+from workbench.errors import UserError
 from workloads.training.config import TrainingConfig
 
 
@@ -36,9 +38,18 @@ class CardsByEnvironment(TorchConfig):
         return _CardOfLocalRank
 
 
-def torch_config(placement: Placement) -> TorchConfig:
-    """How Ray Train sets up torch in workers of ``placement``."""
-    return CardsByEnvironment(backend="nccl") if placement.visible else TorchConfig()
+def torch_config(placement: Placement, config: TrainingConfig) -> TorchConfig:
+    """How Ray Train sets up torch in workers of ``placement``: gradients that are kept in the host's memory meet over
+    gloo."""
+    backend = backend_of(config)
+    return CardsByEnvironment(backend=backend) if placement.visible else TorchConfig(backend=backend)
+
+
+def backend_of(config: TrainingConfig) -> str:
+    """What gradients of ``config``'s workers meet over."""
+    if not config.gpus_per_worker:
+        return "gloo"
+    return "cpu:gloo,cuda:nccl" if config.strategy == "fsdp2-offload" else "nccl"
 
 
 def device_of(config: TrainingConfig) -> torch.device:
@@ -53,10 +64,34 @@ def device_of(config: TrainingConfig) -> torch.device:
     return ray.train.torch.get_device()
 
 
-def local_device(config: TrainingConfig) -> torch.device:
-    """The first card that this process may see, the Mac's own, or the CPU with as many threads as Ray reserved."""
+def check_cards(needed: int, device: torch.device, share: float) -> None:
+    """Raise UserError, on every rank, where a rank's card, of which it may have ``share``, holds less than ``needed``
+    bytes of tensors: what was asked for by name may still be of several sizes. Collective. ``needed`` 0 is unknown."""
+    if not needed or device.type != "cuda":
+        return
+    card = torch.cuda.get_device_properties(device)
+    cards: list[Any] = [(card.name, card.total_memory)]
+    if dist.is_initialized():
+        cards = [None] * dist.get_world_size()
+        dist.all_gather_object(cards, (card.name, card.total_memory))
+    refuse_small(needed, cards, share)
+
+
+def refuse_small(needed: int, cards: list[tuple[str, int]], share: float) -> None:
+    """Raise UserError where ``share`` of the smallest of ``cards``, name and bytes by rank, is less than ``needed``."""
+    rank, (name, memory) = min(enumerate(cards), key=lambda ranked: ranked[1][1])
+    if needed > memory * share:
+        raise UserError(
+            f"each worker needs {needed / 2**30:.1f} GiB for tensors (estimated), and worker {rank} got {name} with "
+            f"{memory * share / 2**30:.1f}: ask for larger cards by resources.gpu.memory, or look with --plan"
+        )
+
+
+def local_device(config: TrainingConfig, local_rank: int = 0) -> torch.device:
+    """The card of ``local_rank`` among those that this process may see, the Mac's own, or the CPU with as many threads
+    as Ray reserved."""
     if config.gpus_per_worker:
-        return torch.device("cuda", 0)
+        return torch.device("cuda", local_rank % max(1, torch.cuda.device_count()))
     if config.resources is not None and config.resources.mps:
         return torch.device("mps")
     torch.set_num_threads(max(1, int(config.cpus_per_worker)))

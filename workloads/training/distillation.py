@@ -4,9 +4,9 @@
     train(model, batches, config, objective=objective, ...)
 
 Hinton et al. 2015, arXiv:1503.02531: the loss is (1 - weight) times cross-entropy plus weight times T^2 times
-KL(teacher || student), both softened by the temperature T. The teacher is frozen, in evaluation mode, and sharded as
-the student is. Its logits exist, like the student's, for a chunk of target tokens at a time: the student's forward pass
-runs within the teacher's, where FSDP2 has the weights of the teacher's head gathered.
+KL(teacher || student), both softened by the temperature T. The teacher is frozen, in evaluation mode, and sharded by
+FSDP2, also beside a student of DeepSpeed's. Its logits exist, like the student's, for a chunk of target tokens at a
+time: the student's forward pass runs within the teacher's, where FSDP2 has the weights of its head gathered.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ def distillation(config: DistillableConfig, device: torch.device) -> "Distillati
     if distill is None:
         return None
     teacher = load_base(distill.teacher, config.compute_dtype, "none", device).eval().requires_grad_(False)
-    if dist.is_initialized() and config.strategy == "fsdp2":
+    if dist.is_initialized() and config.strategy != "single":
         shard(teacher, getattr(torch, config.compute_dtype))
     return Distillation(teacher, distill.weight, distill.temperature, distill.top_k, config.loss_chunk)
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from workbench.errors import Failure
-from workloads.training.batches import Batches
+from workloads.training.batches import StepBatches
 from workloads.training.config import DivergenceConfig
 from workloads.training.history import History
 
@@ -43,7 +43,7 @@ class LossWatch:
     ``history.recent`` and ``recent_figures``."""
 
     def __init__(
-        self, history: History, rule: DivergenceConfig | None, batches: Batches, device: torch.device, remember: int
+        self, history: History, rule: DivergenceConfig | None, batches: StepBatches, device: torch.device, remember: int
     ) -> None:
         self._history, self._rule, self._batches = history, rule, batches
         self._at_once = device.type == "cpu"
@@ -73,6 +73,11 @@ class LossWatch:
         del self._history.recent[: -self._remember], self._history.recent_figures[: -self._remember]
         self._compare(steps[-1])
 
+    def look_at_held_out(self, step: int, loss: float) -> None:
+        """The held-out loss after ``step``, which tells of the weights that this step made. Raises Diverged."""
+        if not math.isfinite(loss):
+            raise Diverged(f"the held-out loss is {loss} after step {step}", step, self._sources(step))
+
     def _judge(self, step: int, loss: float, norm: float) -> None:
         for name, value in (("loss", loss), ("gradient's norm", norm)):
             if not math.isfinite(value):
@@ -94,4 +99,4 @@ class LossWatch:
             )
 
     def _sources(self, step: int) -> tuple[str, ...]:
-        return tuple(source for row in self._batches[step - 1] for source in row.sources)
+        return self._batches.sources(step - 1)

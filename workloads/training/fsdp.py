@@ -3,24 +3,31 @@
 See https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.parametrize import ParametrizationList
 
 from workbench.errors import Failure
 from workloads.training.nf4 import PackedScales
+from workloads.training.zero import is_zero, whole_of
 
 
-def shard(model: nn.Module, compute_dtype: torch.dtype) -> None:
+def shard(
+    model: nn.Module, compute_dtype: torch.dtype, offload_from: torch.device | None = None,
+    fill: Callable[[nn.Module], None] | None = None,
+) -> None:  # fmt: skip
     """Shard ``model`` in place over all ranks of the default process group.
 
     Each decoder layer is gathered for its own forward and backward; embeddings, final norm and head form the root.
+    With ``offload_from``, the device that computes, ``model`` is on the CPU, and shards, gradients and optimizer state
+    stay in the host's memory: a layer's shards are copied to the device to be gathered, 4-bit weights as their bytes.
+    ``fill`` reads the weights of a layer, or what is left of the model, right before they are sharded (``pieces.py``).
     Raises Failure where 4-bit weights are stored in a dtype that FSDP would cast.
     """
     stored = {parameter.dtype for parameter in model.parameters()}
@@ -28,9 +35,30 @@ def shard(model: nn.Module, compute_dtype: torch.dtype) -> None:
         param_dtype=None if stored == {compute_dtype} else compute_dtype, reduce_dtype=torch.float32
     )
     check_storage(model, policy)
-    for layer in decoder_layers(model):
-        fully_shard(layer, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+    offload = OffloadPolicy()
+    if offload_from is not None:
+        offload = CPUOffloadPolicy(pin_memory=offload_from.type == "cuda")
+    for part in (*decoder_layers(model), model):
+        if fill is not None:
+            fill(part)
+        if offload_from is not None:
+            _move_buffers(part, offload_from)
+        fully_shard(part, mp_policy=policy, offload_policy=offload)
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+
+
+def computes_on(model: nn.Module) -> torch.device:
+    """The device that ``model`` computes on, wherever its shards are kept."""
+    parameter = next(model.parameters())
+    kind = parameter.device_mesh.device_type if isinstance(parameter, DTensor) else "cpu"
+    if parameter.device.type != "cpu" or kind == "cpu":
+        return parameter.device
+    return torch.device(kind, torch.get_device_module(kind).current_device())
 
 
 def check_storage(model: nn.Module, policy: MixedPrecisionPolicy) -> None:
@@ -70,12 +98,13 @@ def sharded_bytes(model: nn.Module) -> dict[str, int]:
     """
     held = dict.fromkeys(("local", "whole", "local_packed", "whole_packed", "local_scales", "whole_scales"), 0)
     for name, parameter in model.named_parameters():
-        mine = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        mine: Any = getattr(parameter, "ds_tensor", parameter)  # ZeRO-3's shard
+        mine = mine.to_local() if isinstance(mine, DTensor) else mine
+        numbers = getattr(parameter, "ds_numel", parameter.numel())
         kind = ""
         if is_packed(model, name):
             kind = "_scales" if name.endswith("absmax") else "_packed"
-        for part, tensor in (("local", mine), ("whole", parameter)):
-            size = tensor.numel() * tensor.element_size()
+        for part, size in (("local", mine.numel() * mine.element_size()), ("whole", numbers * mine.element_size())):
             held[part] += size
             if kind:
                 held[part + kind] += size
@@ -84,10 +113,12 @@ def sharded_bytes(model: nn.Module) -> dict[str, int]:
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
     """Every trainable parameter whole, on the CPU. Collective: all ranks call it. ``to_local`` would save one shard."""
+    trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    if is_zero(model):
+        return {name: whole_of(parameter).to("cpu", parameter.stored_dtype) for name, parameter in trained}
     return {
         name: (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().cpu()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+        for name, parameter in trained
     }
 
 

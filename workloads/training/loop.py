@@ -17,35 +17,37 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from workloads.training.batches import Batches, Row
+from profiling import mark
+from workloads.training.batches import Row, StepBatches
 from workloads.training.config import TrainingConfig
 from workloads.training.divergence import LossWatch
-from workloads.training.fsdp import evaluation_mode, global_norm_clip, last_backward
+from workloads.training.fsdp import computes_on, evaluation_mode, global_norm_clip, last_backward
 from workloads.training.history import History
 from workloads.training.losses import training_loss
 from workloads.training.objective import NextToken, Objective
 from workloads.training.samples import Sampler
 from workloads.training.throughput import Meter
+from workloads.training.zero import AnyOptimizer, ZeroOptimizer
 
 
 class Events(Protocol):
     """What the loop tells its surroundings: a Ray Train worker, a Tune trial or a test."""
 
     def log(self, step: int, **values: float) -> None:
-        """Called on rank 0 alone, with scalars that are the same on all ranks."""
+        """Called on every rank, with losses that are the same on all."""
 
-    def checkpoint(self, history: History, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def checkpoint(self, history: History, model: nn.Module, optimizer: AnyOptimizer) -> None:
         """Called on every rank after ``history.step`` steps; may be collective."""
 
 
 def train(
     model: nn.Module,
-    batches: Batches,
+    batches: StepBatches,
     config: TrainingConfig,
     *,
     validation: Sequence[Row],
     events: Events,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AnyOptimizer,
     objective: Objective | None = None,
     history: History | None = None,
     sampler: Sampler | None = None,
@@ -57,11 +59,12 @@ def train(
     train.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    device = next(model.parameters()).device
+    device = computes_on(model)
     history = history or History()
     watch = LossWatch(history, config.divergence, batches, device, remember=config.log_every)
     meter = Meter(model, device, config.compute_dtype)
     objective = objective or NextToken(training_loss(config), config.loss_chunk)
+    zero = optimizer if isinstance(optimizer, ZeroOptimizer) else None
     model.train()
 
     while history.step < config.steps and not history.stopped_early:
@@ -75,15 +78,23 @@ def train(
         watched = torch.zeros(1 + len(objective.figures), device=device)
         micro_batches = list(_micro_batches(batch[rank::world], config.micro_batch_size))
         for number, rows in enumerate(micro_batches):
-            last_backward(model, number == len(micro_batches) - 1)  # shards meet once a step
-            sums = objective(model, rows, device)
-            (sums.objective * world / weight).backward()  # FSDP averages gradients over ranks; the loss is a sum
+            final = number == len(micro_batches) - 1
+            last_backward(model, final)  # shards meet once a step
+            sums = objective(zero.engine if zero else model, rows, device)
+            loss = sums.objective * world / weight  # gradients are averaged over ranks; the loss is a sum
+            zero.backward(loss, final) if zero else loss.backward()
             watched += sums.watched / weight
-        norm = global_norm_clip(model, config.gradient_clip)
-        watch.add(step + 1, watched, norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        if zero:  # clips and steps at once, and leaves out a step whose gradient is no number
+            norm = zero.update()
+            watch.add(step + 1, watched, norm)
+        else:
+            norm = global_norm_clip(model, config.gradient_clip)
+            watch.add(step + 1, watched, norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         meter.add(batch)
+        if rank == 0:
+            mark("step", step + 1, tokens=sum(len(row.ids) for row in batch))
 
         history.step = done = step + 1
         last = done == config.steps
@@ -93,6 +104,7 @@ def train(
             with meter.aside():
                 at_once = config.micro_batch_size * world or config.batch_size
                 means = held_out_means(model, validation, at_once, device, objective)
+            watch.look_at_held_out(done, means["loss"])
             row |= {f"validation_{name}": mean for name, mean in means.items()}
             history.validation.append((done, row["validation_loss"]))
             if config.early_stopping is not None and not last:
@@ -102,7 +114,7 @@ def train(
             row |= dict(zip(("loss", *objective.figures), history.log(), strict=True))
             row |= {"learning_rate": learning_rate(config, step), "gradient_norm": float(norm)}
             row |= meter.read()
-        if row and rank == 0:
+        if row:
             events.log(done, **row)
         if sampler is not None and sampler.due(done):
             with meter.aside():

@@ -33,18 +33,26 @@ def use_given_mask(model: Any) -> None:
 @contextmanager
 def operators_of(device: str) -> Iterator[None]:
     """Have attention taken by the operator that ``device`` (cuda or cpu) would take, also where a layer is recomputed,
-    ``grouped_mm`` in any dtype, and every label counted as a target."""
+    ``grouped_mm`` in any dtype, every label counted as a target, and autocast, which the meta device has not and PEFT
+    turns off for a stack of experts, be that of ``device``."""
     import torch.fx.experimental._config as config
 
-    attention, grouped = F.scaled_dot_product_attention, F.grouped_mm
+    attention, grouped, autocast = F.scaled_dot_product_attention, F.grouped_mm, torch.autocast
     functional: Any = F
+    everything: Any = torch
     functional.scaled_dot_product_attention = partial(_attend, device)
     functional.grouped_mm = _grouped
+    everything.autocast = partial(_autocast, device)
     try:
         with config.patch(meta_nonzero_assume_all_nonzero=True):
             yield
     finally:
         functional.scaled_dot_product_attention, functional.grouped_mm = attention, grouped
+        everything.autocast = autocast
+
+
+def _autocast(device: str, device_type: str, **settings: Any) -> Any:
+    return torch.amp.autocast(device if device_type == "meta" else device_type, **settings)
 
 
 class _Grouped(torch.autograd.Function):

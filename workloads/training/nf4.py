@@ -15,6 +15,7 @@ nothing but the bytes is kept.
 import functools
 import importlib.util
 from collections.abc import Collection
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -181,6 +182,22 @@ class NF4Linear(PackedScales, nn.Linear):
             self.shape, self.kernel,
         )  # fmt: skip
         return y.to(x.dtype)
+
+
+def quantized(layer: Any, compute_dtype: torch.dtype, kernel: str) -> NF4Linear:
+    """The linear ``layer`` in NF4, quantised on the device that its weight is on, which may be the meta device."""
+    from bitsandbytes.functional import create_dynamic_map, name2qmap, quantize_4bit
+    from transformers.pytorch_utils import Conv1D
+
+    # bitsandbytes keeps the first table that it makes: on the meta device it would be one without values
+    name2qmap.setdefault("dynamic", create_dynamic_map())
+    weight = layer.weight.data.T.contiguous() if isinstance(layer, Conv1D) else layer.weight.data  # GPT-2's: [in, out]
+    packed, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    made = SimpleNamespace(
+        in_features=weight.shape[1], out_features=weight.shape[0], compute_dtype=compute_dtype,
+        bias=layer.bias, weight=SimpleNamespace(data=packed, quant_state=state),
+    )  # fmt: skip
+    return NF4Linear(made, kernel)
 
 
 class NF4Stack(PackedScales):

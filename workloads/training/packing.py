@@ -1,92 +1,17 @@
-"""Several examples in one sequence, none of which sees another: no attention across them, positions that restart.
+"""Packed examples must not see each other: no attention across them, positions that restart.
 
-    packed = PackedRows(rows, capacity=2048, seed=0)
-    batches = Batches(packed, batch_size=16, seed=0)  # 16 sequences, each of up to 2048 tokens of one or more examples
-
-Rows are drawn in a random order and, a window at a time, put by best-fit decreasing: the longest first, each into the
-fullest sequence that still has room (Johnson 1973, "Near-optimal bin packing algorithms"). Which rows share a sequence
-depends on the seed alone and stays for all epochs, so that any step's batch is known without the steps before it.
+Whether they do depends on the model. Which rows share a sequence is in ``dealing.py``, how they are joined in
+``batches.py``.
 """
 
-import bisect
-import random
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from workbench.errors import UserError
-from workloads.training.batches import IGNORE, MadeRows, Row, collate, lengths_of
-from workloads.training.fsdp import evaluation_mode
-
-WINDOW = 4096
-"""Rows that are packed together: enough that short ones are found for every gap."""
-
-
-def pack(lengths: Sequence[int], capacity: int, seed: int) -> list[list[int]]:
-    """Indices of the rows of each sequence; every row is in one, and none holds more than ``capacity`` tokens.
-
-    Raises ValueError for a row that is longer than that.
-    """
-    order = random.Random(f"pack {seed}").sample(range(len(lengths)), len(lengths))
-    sequences: list[list[int]] = []
-    for start in range(0, len(order), WINDOW):
-        by_length = sorted(order[start : start + WINDOW], key=lambda index: -lengths[index])
-        sequences += _best_fit(by_length, lengths, capacity)
-    return sequences
-
-
-def _best_fit(order: Sequence[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    sequences: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, place in sequences), sorted
-    for index in order:
-        length = lengths[index]
-        if length > capacity:
-            raise ValueError(f"a row of {length} tokens does not fit into a sequence of {capacity}")
-        fullest = bisect.bisect_left(room, (length, -1))
-        left, place = room.pop(fullest) if fullest < len(room) else (capacity, len(sequences))
-        if place == len(sequences):
-            sequences.append([])
-        sequences[place].append(index)
-        bisect.insort(room, (left - length, place))
-    return sequences
-
-
-class PackedRows(MadeRows):
-    """``rows`` packed into sequences of up to ``capacity`` tokens; a sequence is joined when it is asked for."""
-
-    def __init__(self, rows: Sequence[Row], capacity: int, seed: int) -> None:
-        own = lengths_of(rows)
-        self._rows, self._capacity = rows, capacity
-        self._sequences = pack(own, capacity, seed)
-        self.lengths = [sum(own[index] for index in sequence) for sequence in self._sequences]
-
-    def row(self, place: int) -> Row:
-        """The row at ``place``, from 0."""
-        return join([self._rows[index] for index in self._sequences[place]])
-
-    @property
-    def efficiency(self) -> float:
-        """The share of the sequences' capacity that is tokens and not padding."""
-        return sum(self.lengths) / (self._capacity * len(self))
-
-
-def join(rows: Sequence[Row]) -> Row:
-    """One sequence of ``rows``. An example's first token has nothing before it: its label is ``IGNORE``."""
-    ids: list[int] = []
-    labels: list[int] = []
-    starts = []
-    for row in rows:
-        starts.append(len(ids))
-        ids += row.ids
-        labels += [IGNORE, *row.labels[1:]]
-    return Row(ids, labels, tuple(_flat(row.sources for row in rows)), tuple(starts))
-
-
-def _flat(parts: Any) -> Iterator[str]:
-    for part in parts:
-        yield from part
-
+from workloads.training.adapters import empty_model
+from workloads.training.batches import Row, collate, join
+from workloads.training.fsdp import computes_on, decoder_layers, evaluation_mode
 
 LEAK = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 """How much the logits of an example may change, in their own standard deviations, when its neighbour does: nothing but
@@ -102,7 +27,7 @@ def check_packing(model: Any, sequences: int) -> None:
     """
     vocabulary = model.get_input_embeddings().weight.shape[0]
     first, other, second = ([(step * i + 1) % vocabulary for i in range(16)] for step in (3, 5, 7))
-    device = next(model.parameters()).device
+    device = computes_on(model)
     examples = [join([Row(ids, ids), Row(second, second)]) for ids in (first, other)]
     with evaluation_mode(model):
         seen_ST = [
@@ -117,3 +42,39 @@ def check_packing(model: Any, sequences: int) -> None:
             f"packing: in {type(model).__name__} with {sequences} sequences in a pass, packed examples see each "
             f"other (logits move by {float(change):.2g} standard deviations): give packing=false"
         )
+
+
+AT_MOST = 300_000_000
+"""Weights of the small model that ``refuse_leaking`` makes; of a larger one the workers find out."""
+
+
+def refuse_leaking(base: str) -> None:
+    """Ask ``check_packing`` before a worker starts, of a model of the base's architecture: a layer of each kind, as
+    wide as the base's, with random weights and few tokens. Raises UserError as it does.
+
+    Says nothing of layers that are too large for that, and where such a model cannot be made: the workers ask the base
+    itself.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(base)
+        text = config.get_text_config(decoder=True)
+        text.vocab_size, text.num_hidden_layers = 64, _layers_of_each_kind(empty_model(base))
+        if isinstance(vars(text).get("layer_types"), list):
+            text.layer_types = text.layer_types[: text.num_hidden_layers]
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(text, name, None)
+        with torch.device("meta"):
+            size = AutoModelForCausalLM.from_config(config).num_parameters()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32) if size <= AT_MOST else None
+    except Exception:  # of an architecture that does not let itself be cut down, whatever its code raises
+        return
+    if model is not None:
+        check_packing(model, sequences=2)
+
+
+def _layers_of_each_kind(model: Any) -> int:
+    """How many of the first decoder layers have one of each kind among them."""
+    kinds = [tuple(type(module).__name__ for module in layer.modules()) for layer in decoder_layers(model)]
+    return 1 + max(kinds.index(kind) for kind in set(kinds))

@@ -7,8 +7,7 @@ resumed as any row is. It is never a forward pass's sequence: ``halves`` takes i
 from collections.abc import Sequence
 from dataclasses import replace
 
-from workloads.training.batches import MadeRows, Row, lengths_of
-from workloads.training.packing import join
+from workloads.training.batches import MadeRows, Row, join, lengths_of
 
 
 def halves(row: Row) -> tuple[Row, Row]:

@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from cluster.placement import Placement, place_here
-from workbench.errors import Failure
+from profiling.step_profiler import profile_steps
+from workbench.errors import Failure, UserError
 from workbench.runs import Run
 from workbench.tracking import Tracker, read_metrics
 from workloads.training.checkpoint import Checkpoints, Export, read_failures
@@ -19,6 +19,10 @@ from workloads.training.config import TrainingConfig
 from workloads.training.divergence import Diverged
 from workloads.training.history import History
 from workloads.training.resume import CHECKPOINTS, adopt, forget_after, what_is_left
+from workloads.training.zero import AnyOptimizer, check_installed
+
+RESIZE_SECONDS = 60.0
+"""How often Ray Train looks for hosts that came, where ``least_workers`` lets the number of workers change."""
 
 
 def fit(worker: Callable[[dict[str, Any]], Any], payload: dict[str, Any], config: TrainingConfig, run: Run) -> Any:
@@ -26,8 +30,9 @@ def fit(worker: Callable[[dict[str, Any]], Any], payload: dict[str, Any], config
 
     A worker that dies is replaced, with all others, up to ``config.max_failures`` times, and ``worker`` runs again:
     it finds its last checkpoint with ``WorkerEvents.resume``. With ``config.resume`` that of another run comes first.
-    Raises UserError where the cluster can never place the workers or the other run was another training, Failure where
-    training did not end.
+    With ``config.least_workers`` as many go on as the cluster holds, and begin again with more when it holds more.
+    Raises UserError where the cluster can never place the workers, the other run was another training or ``worker``
+    raised one, Failure where training did not end.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -39,11 +44,12 @@ def fit(worker: Callable[[dict[str, Any]], Any], payload: dict[str, Any], config
         run.say(f"going on from step {adopt(config.resume, run)} of {config.resume}")
     placement = check_placement(config, run.say)
     trainer = TorchTrainer(
-        partial(_unless_diverged, worker),
+        partial(_unless_in_vain, worker),
         train_loop_config={**payload, "run_folder": str(run.folder)},
-        torch_config=torch_config(placement),
+        torch_config=torch_config(placement, config),
         scaling_config=ScalingConfig(
-            num_workers=config.workers,
+            num_workers=config.workers if config.least_workers is None else (config.least_workers, config.workers),
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
             use_gpu=placement.num_gpus > 0,
             resources_per_worker=placement.bundle(),
             label_selector=placement.label_selector or None,
@@ -60,25 +66,29 @@ def fit(worker: Callable[[dict[str, Any]], Any], payload: dict[str, Any], config
             done = trainer.fit().return_value
         except TrainingFailedError as error:
             raise Failure(f"training failed: {_cause(error)}; {what_is_left(run)}") from error
+    if isinstance(done, UserError):
+        raise done
     if isinstance(done, Diverged):
         raise Failure(f"training was stopped: {done}; {what_is_left(run, before=done.since)}")
     return done
 
 
-def _unless_diverged(worker: Callable[[dict[str, Any]], Any], payload: dict[str, Any]) -> Any:
-    """What ``worker`` returns, or the Diverged that it raises: Ray Train would begin again after an error."""
+def _unless_in_vain(worker: Callable[[dict[str, Any]], Any], payload: dict[str, Any]) -> Any:
+    """What ``worker`` returns, or the error that it would raise again: Ray Train would begin anew after any other."""
     try:
         return worker(payload)
-    except Diverged as error:
+    except (Diverged, UserError) as error:
         return error
 
 
 def check_placement(config: TrainingConfig, say: Callable[[str], Any] = lambda _: None) -> Placement:
     """Where the workers go; ``say`` hears what they must wait for.
 
-    Raises UserError at once for what Ray would leave pending for ever: workers that the cluster can never hold.
+    Raises UserError at once for what Ray would leave pending for ever, workers that the cluster can never hold, and
+    for a strategy that is not installed.
     """
-    return place_here(config.request(), say, workers=config.workers)
+    check_installed(config)
+    return place_here(config.request(), say, workers=config.least_workers or config.workers)
 
 
 class WorkerEvents:
@@ -100,6 +110,7 @@ class WorkerEvents:
         self.folder, self._rank, self._export = run_folder, rank, export
         self._checkpoints = Checkpoints(run_folder / CHECKPOINTS, config.keep_last)
         self._tracker: Tracker | None = None
+        self._trace = config.trace
 
     def __enter__(self) -> "WorkerEvents":
         return self
@@ -115,11 +126,11 @@ class WorkerEvents:
         if self._tracker:
             self._tracker.log(step, **values)
 
-    def checkpoint(self, history: History, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def checkpoint(self, history: History, model: nn.Module, optimizer: AnyOptimizer) -> None:
         """Begin to write a checkpoint."""
         self._checkpoints.save(history, model, optimizer, self._export(model) if self._export else None)
 
-    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> History:
+    def resume(self, model: nn.Module, optimizer: AnyOptimizer) -> History:
         """Load the last checkpoint of this run; returns its history, an empty one where there is none.
 
         What was measured and sampled after it is forgotten: those steps will be done again.
@@ -128,6 +139,8 @@ class WorkerEvents:
         if self._rank == 0:
             forget_after(history.step, self.folder)
             self._tracker = Tracker(self.folder, first_step=history.step + 1)
+        if self._trace is not None:
+            profile_steps(optimizer, self._trace, self.folder / "artifacts" / "trace", self._rank, history.step)
         return history
 
     def load_best(self, model: nn.Module) -> None:

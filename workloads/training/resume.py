@@ -17,7 +17,7 @@ from workbench.errors import UserError
 from workbench.files import read_record, write_atomic
 from workbench.run_records import flatten
 from workbench.runs import Run, resolve_run, run_id, state_of
-from workbench.tracking import read_metrics
+from workbench.tracking import WANDB_IDENTITY, read_metrics
 from workloads.training.checkpoint import best_of, complete, history_of, step_of
 from workloads.training.config import TrainingConfig
 from workloads.training.samples import read_samples
@@ -26,6 +26,9 @@ CHECKPOINTS = "checkpoints"
 """The folder of a run that holds its checkpoints."""
 
 SAMPLES = "artifacts/samples.jsonl"
+
+STREAM = "artifacts/stream.jsonl"
+"""Where the windows of streamed rows begin."""
 
 
 def check_resume(config: TrainingConfig) -> None:
@@ -67,10 +70,10 @@ def adopt(reference: str, run: Run) -> int:
             raise UserError(f"the input '{name}' of {run_id(folder)} has changed since: start again, without resume")
     newest, best = complete(folder / CHECKPOINTS)[-1], best_of(folder / CHECKPOINTS)
     for checkpoint in {newest, best or newest}:
-        _copy(checkpoint, run.folder / CHECKPOINTS / checkpoint.name)
+        copy_checkpoint(checkpoint, run.folder / CHECKPOINTS / checkpoint.name)
     if (folder / "tensorboard").is_dir():
         shutil.copytree(folder / "tensorboard", run.folder / "tensorboard", dirs_exist_ok=True)
-    for name in ("metrics.jsonl", SAMPLES):
+    for name in ("metrics.jsonl", SAMPLES, STREAM, WANDB_IDENTITY):
         if (folder / name).is_file():
             (run.folder / name).parent.mkdir(exist_ok=True)
             shutil.copy(folder / name, run.folder / name)
@@ -80,7 +83,7 @@ def adopt(reference: str, run: Run) -> int:
     return step
 
 
-def _copy(checkpoint: Path, target: Path) -> None:
+def copy_checkpoint(checkpoint: Path, target: Path) -> None:
     """A checkpoint of the same bytes on the disk, which are never written again; a copy where links cannot be had."""
 
     def link(source: str, copy: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from workloads.training.fsdp import evaluation_mode
+from workloads.training.fsdp import computes_on, evaluation_mode
 
 
 class Sampler:
@@ -48,7 +48,7 @@ def greedy(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int) -> l
     The model is called whole, as FSDP needs it: ``generate`` of an adapter goes past the root of a sharded model. Every
     rank computes the same, so that shards can be gathered; rank 0's choice of a token counts.
     """
-    device, end = next(model.parameters()).device, tokenizer.eos_token_id
+    device, end = computes_on(model), tokenizer.eos_token_id
     asked = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
     length = max(map(len, asked))
     ids_BT = torch.tensor([[end] * (length - len(ids)) + ids for ids in asked], device=device)

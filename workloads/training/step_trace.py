@@ -13,7 +13,6 @@ Only a few operators are not those of the meta device: ``meta_operators.py``.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -21,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from workloads.training.adapters import add_adapter, linear_layers, target_names
-from workloads.training.chunked_loss import LossFunction, cross_entropy, loss_of
+from workloads.training.chunked_loss import LossFunction, cross_entropy, log_probabilities_of, loss_of
 from workloads.training.compiling import prepare_layers
 from workloads.training.config import LOSS_CHUNK, AdapterConfig, TrainingConfig
 from workloads.training.fsdp import decoder_layers
 from workloads.training.meta_operators import operators_of, use_given_mask
-from workloads.training.nf4 import NF4Linear, NF4Stack, quantize_experts
+from workloads.training.nf4 import NF4Linear, NF4Stack, quantize_experts, quantized
 from workloads.training.tensor_bytes import TensorBytes
 
 META = torch.device("meta")
@@ -37,8 +36,10 @@ class Step:
     """One forward and backward pass of one rank over ``rows`` sequences of ``length`` tokens, each of them a target.
 
     ``masked`` says whether attention needs a mask: rows are padded, or packed. ``stored`` is the dtype of the base,
-    ``computed`` that of the computation, to which sharding casts every parameter. ``adapter`` is None where all weights
-    are trained.
+    ``computed`` that of the computation, to which sharding casts every parameter; shards are ``offloaded`` to the host
+    or not, or are DeepSpeed's at ``zero_stage``; the base is loaded in ``pieces``, or whole. ``adapter`` is None where
+    all weights are trained. ``pairs``: rows are chosen and rejected answers, whose log-probabilities are compared; then
+    ``loss`` is not used.
     """
 
     rows: int
@@ -48,10 +49,14 @@ class Step:
     quantized: bool = False
     checkpointing: bool = False
     sharded: bool = False
+    offloaded: bool = False
+    pieces: bool = False
+    zero_stage: int = 0
     stored: torch.dtype = torch.bfloat16
     computed: torch.dtype = torch.bfloat16
     loss: LossFunction = cross_entropy
     loss_chunk: int = LOSS_CHUNK
+    pairs: bool = False
     device: Literal["cuda", "cpu"] = "cuda"
 
 
@@ -116,12 +121,15 @@ class Trace:
     """Bytes of gradients of the root that ``head`` leaves."""
     looked_before: Window
     looked_loss: Window
+    width: int
+    """Of the hidden states."""
 
 
 def trace_step(make: Callable[[], Any], step: Step) -> Trace:
     """The trace of ``step`` on the model that ``make`` makes."""
     with META:
         model = make().to(step.stored)
+    width = model.config.get_text_config(decoder=True).hidden_size
     use_given_mask(model)
     stack = _layer_list(model)
     kinds = [_kind(layer, f"{stack[0]}.{index}", step) for index, layer in enumerate(stack[1])]
@@ -153,7 +161,7 @@ def trace_step(make: Callable[[], Any], step: Step) -> Trace:
     ]
     of_kind = {kinds[index]: traced[place] for place, index in enumerate(shown) if place}
     whole = [traced[0], *(of_kind[kind] for kind in kinds[1:])]
-    return Trace(whole, root, before, loss, head, head_made, looked[0], looked[2])
+    return Trace(whole, root, before, loss, head, head_made, looked[0], looked[2], width)
 
 
 def _layer_list(model: Any) -> tuple[str, nn.ModuleList]:
@@ -177,19 +185,8 @@ def _kind(layer: nn.Module, path: str, step: Step) -> tuple[Any, ...]:
 
 
 def _quantize(model: Any, step: Step) -> None:
-    from bitsandbytes.functional import create_dynamic_map, name2qmap, quantize_4bit
-
-    name2qmap.setdefault(
-        "dynamic", create_dynamic_map()
-    )  # else the first table, which is kept, would be without values
     for path, layer in linear_layers(model).items():
-        packed, state = quantize_4bit(layer.weight.data, blocksize=64, compress_statistics=True, quant_type="nf4")
-        out, ins = layer.weight.shape
-        made = SimpleNamespace(
-            in_features=ins, out_features=out, compute_dtype=step.computed, bias=layer.bias,
-            weight=SimpleNamespace(data=packed, quant_state=state),
-        )  # fmt: skip
-        model.set_submodule(path, NF4Linear(made, "torch"))
+        model.set_submodule(path, quantized(layer, step.computed, "torch"))
     quantize_experts(model, META, "torch", target_names(step.adapter) if step.adapter is not None else ())
 
 
@@ -255,7 +252,7 @@ def _passes(
         made = list[int]()
         hooks = [layers[0].register_forward_pre_hook(marks)]
         hooks += [layer.register_forward_hook(end_of) for layer in layers]
-        objective = loss_of(model, inputs, labels_BT, step.loss, step.loss_chunk).objective
+        objective = _objective(model, inputs, labels_BT, step, step.loss)
         marks()
         objective.backward()
         marks()
@@ -274,12 +271,19 @@ def _looks(model: Any, layers: list[nn.Module], step: Step) -> tuple[Window, lis
         marks = _Marks(counted)
         hooks = [layers[0].register_forward_pre_hook(marks)]
         hooks += [layer.register_forward_hook(marks) for layer in layers]
-        losses = loss_of(model, inputs, labels_BT, cross_entropy, step.loss_chunk)
+        loss = _objective(model, inputs, labels_BT, step, cross_entropy)
         marks()
-        del losses
+        del loss
         for hook in hooks:
             hook.remove()
     return marks.windows[0], marks.windows[1:-1], marks.windows[-1]
+
+
+def _objective(model: Any, inputs: dict[str, Any], labels_BT: Tensor, step: Step, loss: LossFunction) -> Tensor:
+    """What is minimised. Of pairs, whatever is made of their log-probabilities is a few numbers a pair."""
+    if step.pairs:
+        return log_probabilities_of(model, inputs, labels_BT, step.loss_chunk).sum()
+    return loss_of(model, inputs, labels_BT, loss, step.loss_chunk).objective
 
 
 def _inputs(step: Step) -> tuple[dict[str, Any], Tensor]:

@@ -49,6 +49,8 @@ def weight_flops(model: nn.Module) -> float:
     6 a weight: 2 forward, 2 for the gradient of its input, 2 for its own, which a frozen weight does not have. Looking
     up an embedding costs none; of a layer's experts only those that a token visits count.
     """
+    from transformers.pytorch_utils import Conv1D
+
     config = _decoder_config(model)
     experts = next((getattr(config, key) for key in ("num_local_experts", "num_experts") if hasattr(config, key)), 0)
     visited = getattr(config, "num_experts_per_tok", 0) / experts if experts else 1.0
@@ -59,12 +61,30 @@ def weight_flops(model: nn.Module) -> float:
         elif hasattr(module, "in_features") and not hasattr(module, "base_layer"):  # an adapted layer has its parts
             weight: Any = module.weight
             matrices.append((name, module.in_features * module.out_features, weight.requires_grad))
+        elif isinstance(module, Conv1D):  # GPT-2's linear layer
+            matrices.append((name, module.nx * module.nf, module.weight.requires_grad))
     for name, stack in model.named_parameters():
         if stack.dim() == 3:
             matrices.append((name, stack.numel(), stack.requires_grad))
     return sum(
         (visited if ".experts" in name else 1.0) * size * (6 if trained else 4) for name, size, trained in matrices
     )
+
+
+def head_flops(model: nn.Module) -> float:
+    """The head's part of ``weight_flops``, which a token that is not learned does not cost."""
+    head: Any = model.get_output_embeddings()
+    return float(head.in_features * head.out_features * (6 if head.weight.requires_grad else 4))
+
+
+def step_flops(rows: Sequence[Row], per_weight: float, per_context: float, per_target: float) -> float:
+    """Operations of a step over ``rows``, by ``weight_flops``, ``attention_flops`` and ``head_flops`` of a model."""
+    flops = 0.0
+    for row in rows:
+        edges = sorted({0, *row.starts, len(row.ids)})
+        flops += len(row.ids) * (per_weight - per_target) + row.targets * per_target
+        flops += per_context * sum((end - start) ** 2 for start, end in pairwise(edges))
+    return flops
 
 
 def attention_flops(model: nn.Module) -> float:
@@ -88,16 +108,14 @@ class Meter:
     def __init__(self, model: nn.Module, device: torch.device, dtype: str) -> None:
         self._device, self._peak = device, peak_flops(device, dtype)
         if self._peak:
-            self._per_weight, self._per_context = weight_flops(model), attention_flops(model)
+            self._costs = weight_flops(model), attention_flops(model), head_flops(model)
         self._restart()
 
     def add(self, rows: Sequence[Row]) -> None:
         """A step over ``rows``, the batch of all ranks."""
-        for row in rows:
-            edges = sorted({0, *row.starts, len(row.ids)})
-            lengths = [end - start for start, end in pairwise(edges)]
-            self._tokens += len(row.ids)
-            self._contexts += sum(length * length for length in lengths)
+        self._tokens += sum(len(row.ids) for row in rows)
+        if self._peak:
+            self._flops += step_flops(rows, *self._costs)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -120,15 +138,14 @@ class Meter:
         memory, peaks = ranks.T.tolist()
         values = {"tokens_per_second": self._tokens / seconds}
         if all(peaks):
-            flops = self._tokens * self._per_weight + self._contexts * self._per_context
-            values["model_flop_utilisation"] = flops / seconds / (sum(peaks) * 1e12)
+            values["model_flop_utilisation"] = self._flops / seconds / (sum(peaks) * 1e12)
         values |= {f"peak_memory_gib/rank_{index}": gib for index, gib in enumerate(memory)}
         self._restart()
         return values
 
     def _restart(self) -> None:
         self._begun = time.perf_counter()
-        self._tokens = self._contexts = 0
+        self._tokens, self._flops = 0, 0.0
 
 
 def _decoder_config(model: nn.Module) -> Any:

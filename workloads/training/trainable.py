@@ -81,6 +81,16 @@ def examine(base: str, method: str, quantization: str, adapter: AdapterConfig, d
     return Coverage(dict(Counter(_short(path) for path in targets)), total, packed, experts, plain_experts, dtype)
 
 
+def positions_of(base: str) -> int | None:
+    """Tokens of a sequence that ``base`` has learned positions for; None where positions are computed (rotary)."""
+    model = empty_model(base)
+    known = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    words = model.get_input_embeddings()
+    tables = [m.num_embeddings for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not words]
+    # OPT's table has two more rows than positions
+    return known if known is not None and any(0 <= size - known <= 2 for size in tables) else None
+
+
 def _check_architecture(base: str) -> None:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING

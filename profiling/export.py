@@ -1,0 +1,172 @@
+"""``workbench profile export``: what Prometheus and Grafana need to watch the hosts, as files.
+
+    workbench profile export folder=/etc/prometheus/workbench-hosts
+    workbench submit --detach --name watch -- profile record configs/profile/watch.yaml
+    prometheus --config.file=/etc/prometheus/workbench-hosts/prometheus.yml
+
+A 'profile record' shows its samples on the metrics port of each host's Ray agent, so one scrape of Ray has them all;
+Ray's head keeps the list of its agents in a file. ``alerts.yml`` has the rules, ``dashboard.json`` is for Grafana.
+"""
+
+import json
+from typing import Any
+
+import yaml
+from pydantic import Field
+
+from profiling.exporter import HELD, PREFIX, metric_name
+from workbench.config import Config, OutputPath
+from workbench.files import write_atomic
+from workbench.runs import Run, Summary
+
+HELD_METRIC = f"ray_{PREFIX}{HELD}"
+LIMIT = f"ray_{PREFIX}gpu_"
+"""Begins the names of what a card could have."""
+
+
+class ExportConfig(Config):
+    """Where the files go, and when to be told."""
+
+    folder: OutputPath | None = Field(None, description="where the files go; default: the run's artifacts")
+    discovery: str = Field(
+        "/tmp/ray/prom_metrics_service_discovery.json", description="Ray's list of its agents, on the head"
+    )
+    interval: int = Field(10, ge=1, description="seconds between two scrapes")
+    hot: float = Field(85.0, gt=0, description="alert above so many degrees Celsius")
+    memory_share: float = Field(0.97, gt=0, lt=1, description="alert where more of a card's or host's memory is used")
+    idle_percent: float = Field(5.0, gt=0, description="a card that is less busy than that idles")
+    idle_minutes: int = Field(10, ge=1, description="alert where a card idles so long while a job holds it")
+
+
+def run(config: ExportConfig, run: Run) -> Summary:
+    """Write the three files."""
+    folder = config.folder or run.artifact("export")
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {
+        "prometheus.yml": yaml.safe_dump(scrapes(config), sort_keys=False),
+        "alerts.yml": yaml.safe_dump(alerts(config), sort_keys=False, width=110),
+        "dashboard.json": json.dumps(dashboard(), indent=1),
+    }
+    for name, text in texts.items():
+        write_atomic(folder / name, text)
+    run.say(f"prometheus --config.file={folder / 'prometheus.yml'}; import {folder / 'dashboard.json'} into Grafana")
+    return {"folder": str(folder), "panels": len(panels()), "alerts": len(alerts(config)["groups"][0]["rules"])}
+
+
+def scrapes(config: ExportConfig) -> dict[str, Any]:
+    """Prometheus' configuration: Ray's agents, and these rules."""
+    every = f"{config.interval}s"
+    return {
+        "global": {"scrape_interval": every, "evaluation_interval": every},
+        "rule_files": ["alerts.yml"],
+        "scrape_configs": [{"job_name": "ray", "file_sd_configs": [{"files": [config.discovery]}]}],
+    }
+
+
+def alerts(config: ExportConfig) -> dict[str, Any]:
+    """The alert rules."""
+    busy, memory = metric_name("gpu.busy"), metric_name("memory.used")
+    card = "card {{ $labels.device }} of {{ $labels.host }}"
+    on = "on (host, device)"
+
+    def one(series: str) -> str:
+        """One series a card: two recordings at once, or a sampler that was started again, show a series each."""
+        return f"max by (host, device) ({series})"
+
+    def rule(name: str, expr: str, minutes: int, severity: str, text: str) -> dict[str, Any]:
+        return {
+            "alert": name, "expr": expr, "for": f"{minutes}m", "labels": {"severity": severity},
+            "annotations": {"summary": text},
+        }  # fmt: skip
+
+    rules = [
+        rule(
+            "CardHot", f"{one(metric_name('gpu.temperature'))} > {config.hot:g}", 5, "warning",
+            f"{card} has {{{{ $value }}}} degrees Celsius.",
+        ),
+        rule(
+            "CardMemoryFull",
+            f"{one(metric_name('gpu.memory_used'))} / {on} {one(LIMIT + 'memory_bytes')} > {config.memory_share:g}",
+            5, "warning",
+            f"{card}: {{{{ $value | humanizePercentage }}}} of its memory is used.",
+        ),
+        rule(
+            "LinkDegraded", f"{one(metric_name('pcie.width'))} < {on} {one(LIMIT + 'pcie_width_max')}", 5, "warning",
+            f"{card}: its PCIe link runs at x{{{{ $value }}}} only.",
+        ),
+        rule(
+            "CardIdleWhileHeld",
+            f"{one(f'avg_over_time({busy}[{config.idle_minutes}m])')} < {config.idle_percent:g} and {on} "
+            f"{one(f'min_over_time({HELD_METRIC}[{config.idle_minutes}m])')} > 0",
+            1, "warning", f"{card} idles while a job holds it.",
+        ),
+        rule(
+            "HostMemoryFull",
+            f"{one(memory)} / on (host) {one(f'ray_{PREFIX}host_memory_bytes')} > {config.memory_share:g}", 2,
+            "warning", "{{ $labels.host }}: {{ $value | humanizePercentage }} of its memory is used.",
+        ),
+        rule(
+            "HostUnreachable",
+            f'up{{job="ray"}} == 0 or ({one(f"last_over_time({memory}[30m])")} unless on (host) {memory}) '
+            f"and on () count({memory}) > 0",
+            1, "critical", "{{ $labels.host }}{{ $labels.instance }} no longer tells its samples.",
+        ),
+    ]  # fmt: skip
+    return {"groups": [{"name": "workbench-hosts", "rules": rules}]}
+
+
+def panels() -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """Title, unit, and the queries with their legends."""
+
+    def gauge(metric: str, legend: str = "{{host}} card {{device}}", scale: str = "") -> tuple[str, str]:
+        return metric_name(metric) + scale, legend
+
+    def rate(metric: str, legend: str) -> tuple[str, str]:
+        return f"sum by (host) (rate({metric_name(metric)}[1m]))", legend
+
+    return [
+        ("GPU utilisation", "percent", [gauge("gpu.busy")]),
+        ("GPU memory", "bytes", [gauge("gpu.memory_used")]),
+        ("GPU power", "watt", [gauge("gpu.power")]),
+        ("GPU temperature", "celsius", [gauge("gpu.temperature")]),
+        (
+            "PCIe traffic", "Bps",
+            [
+                gauge("pcie.received", "to {{host}} card {{device}}"),
+                gauge("pcie.sent", "from {{host}} card {{device}}"),
+            ],
+        ),
+        ("PCIe lanes", "short", [gauge("pcie.width")]),
+        ("CPU", "percent", [gauge("cpu.busy", "{{host}}")]),
+        ("Memory", "bytes", [gauge("memory.used", "{{host}}"), gauge("object_store.used", "{{host}} object store")]),
+        (
+            "Disk", "Bps",
+            [rate("disk.read_bytes", "{{host}} read"), rate("disk.written_bytes", "{{host}} written")],
+        ),
+        (
+            "Network", "Bps",
+            [rate("network.received_bytes", "{{host}} received"), rate("network.sent_bytes", "{{host}} sent")],
+        ),
+    ]  # fmt: skip
+
+
+def dashboard() -> dict[str, Any]:
+    """A Grafana dashboard: two panels a row, over the data source that the user picks."""
+    source = {"type": "prometheus", "uid": "${source}"}
+    drawn = [
+        {
+            "id": number + 1, "type": "timeseries", "title": title, "datasource": source,
+            "gridPos": {"x": 12 * (number % 2), "y": 8 * (number // 2), "w": 12, "h": 8},
+            "fieldConfig": {"defaults": {"unit": unit, "min": 0}, "overrides": []},
+            "targets": [
+                {"refId": chr(65 + place), "expr": expr, "legendFormat": legend, "datasource": source}
+                for place, (expr, legend) in enumerate(queries)
+            ],
+        }
+        for number, (title, unit, queries) in enumerate(panels())
+    ]  # fmt: skip
+    return {
+        "title": "workbench hosts", "uid": "workbench-hosts", "schemaVersion": 39, "refresh": "30s",
+        "time": {"from": "now-1h", "to": "now"}, "tags": ["workbench"], "panels": drawn,
+        "templating": {"list": [{"name": "source", "type": "datasource", "query": "prometheus"}]},
+    }  # fmt: skip

@@ -1,0 +1,75 @@
+"""The prompt that numbers its passages, and the numbers that an answer cites."""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from data_pipelines.search import Hit
+from serve.passages import trim
+from workbench.errors import UserError
+
+CITATION = re.compile(r"\s?\[(\d+(?:\s*,\s*\d+)*)\]")
+NOT_FOUND = "The documents do not answer this question."
+MODEL_DOWN = "The model does not answer now. These passages may answer the question:"
+TEMPLATE = """Answer the question from the numbered passages alone. Cite each passage you use by its number, like [1]. \
+If the passages do not answer it, say so.
+
+{% for passage in passages %}[{{ passage.number }}] {{ passage.title }}
+{{ passage.text }}
+
+{% endfor %}Question: {{ question }}"""
+
+
+def load_template(path: Path | None) -> str:
+    """The prompt's Jinja template, which gets ``question`` and ``passages`` (number, title, source, text).
+
+    Raises UserError for a file that is none, or that leaves one of the two out.
+    """
+    from jinja2 import Environment, TemplateError, meta
+
+    if path is None:
+        return TEMPLATE
+    try:
+        text = path.read_text(encoding="utf-8")
+        names = meta.find_undeclared_variables(Environment().parse(text))
+    except (OSError, UnicodeDecodeError, TemplateError) as error:
+        raise UserError(f"template: {path}: {error}") from None
+    if lacking := {"question", "passages"} - names:
+        raise UserError(f"template: {path} does not use {' and '.join(sorted(lacking))}")
+    return text
+
+
+def guess_tokens(text: str) -> int:
+    """About how many tokens a text has, cautiously: one per three characters."""
+    return len(text) // 3 + 1
+
+
+def prompt(
+    template: str, question: str, hits: Sequence[Hit], budget: int, count: Callable[[str], int] = guess_tokens
+) -> str:
+    """The prompt with the passages cut to ``budget`` tokens by ``count``."""
+    from jinja2.sandbox import SandboxedEnvironment
+
+    texts = trim([hit.text for hit in hits], budget, count)
+    passages = [
+        {"number": i, "title": hit.title, "source": hit.source, "text": text}
+        for i, (hit, text) in enumerate(zip(hits, texts, strict=True), 1)
+    ]
+    return SandboxedEnvironment().from_string(template).render(question=question, passages=passages)
+
+
+def cited(answer: str, sources: int) -> tuple[list[int], list[int]]:
+    """(numbers of sources that the answer cites, numbers that it cites and that do not exist), each once, in order."""
+    numbers = [int(n) for match in CITATION.finditer(answer) for n in match[1].split(",")]
+    real = [n for n in dict.fromkeys(numbers) if 1 <= n <= sources]
+    return real, [n for n in dict.fromkeys(numbers) if not 1 <= n <= sources]
+
+
+def only_real(answer: str, sources: int) -> str:
+    """The answer without citations of sources that do not exist."""
+
+    def kept(match: re.Match[str]) -> str:
+        real, wrong = cited(match[0], sources)
+        return match[0] if not wrong else "".join(f" [{n}]" for n in real)
+
+    return CITATION.sub(kept, answer)

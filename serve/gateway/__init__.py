@@ -1,0 +1,1 @@
+"""What stands between a client and the engines: keys, limits, fallback, metrics, a record to learn from."""

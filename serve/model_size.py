@@ -1,0 +1,357 @@
+"""How large a model is in bytes before it is loaded: its weights, the scales of quantised ones, its KV cache.
+
+    size = read_size("runs/train-sft/latest/artifacts/merged")
+    size.parameters, size.bytes, size.kv_bytes(8192)
+
+A folder's sizes are those of the headers of its safetensors files (8 bytes of length, then JSON:
+https://huggingface.co/docs/safetensors), a GGUF file's those of its tensor table. Of a ``config.json`` alone the model
+is built on torch's meta device, and a linear layer that its ``quantization_config`` names is counted in its format.
+"""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from workbench.errors import UserError
+
+Kind = Literal["split", "heads", "whole", "expert", "embedding"]
+"""How vLLM divides a tensor over tensor-parallel ranks: evenly, by key-value heads, not at all, by experts (or evenly
+within each), by the vocabulary."""
+
+LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|blk|block)\.(\d+)\.")
+SCALES = ("scales", "qzeros", "g_idx", "_scale", "_scale_inv", "_zero_point", "absmax", "quant_map", "quant_state",
+          "weight_shape")  # fmt: skip
+"""How the names of tensors end, or what is in them, that say what packed numbers mean."""
+WHOLE = ("q_a_proj", "kv_a_proj", "router", "shared_expert_gate", "mlp.gate.", "block_sparse_moe.gate.")
+"""Replicated by vLLM on every rank: the low-rank projections of latent attention, routers."""
+
+DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+          "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U32": 4, "U16": 2, "U64": 8}  # fmt: skip
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "half": 2, "float": 4, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of a model. ``parameters`` is 0 for what only describes others; ``bytes`` as it is held."""
+
+    name: str
+    parameters: int
+    bytes: int
+    kind: Kind
+    layer: int | None
+    scales: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes of the numbers and of their scales."""
+        return self.bytes + self.scales
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What a token leaves in the cache of one layer: ``width`` numbers of each of ``heads``; ``window`` tokens at most
+    (0: all). Latent attention has one head that is not divided."""
+
+    heads: int
+    width: int
+    window: int = 0
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The tensors of a model, what its layers cache, and its experts: how many, and how many a token takes."""
+
+    source: str
+    tensors: tuple[Tensor, ...]
+    attention: tuple[Attention | None, ...]
+    vocabulary: int
+    hidden: int
+    intermediate: int
+    heads: int
+    context: int
+    dtype: str
+    experts: int = 0
+    chosen: int = 0
+    tied: bool = False
+    format: str = ""
+
+    @property
+    def layers(self) -> int:
+        """How many layers there are to divide over pipeline stages."""
+        return len(self.attention)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Numbers of the model, however they are packed."""
+        return sum(tensor.parameters for tensor in self.tensors)
+
+    @cached_property
+    def bytes(self) -> int:
+        """Bytes of weights, scales not counted."""
+        return sum(tensor.bytes for tensor in self.tensors)
+
+    @cached_property
+    def scales(self) -> int:
+        """Bytes of scales, zero points and the like."""
+        return sum(tensor.scales for tensor in self.tensors)
+
+    @cached_property
+    def active(self) -> int:
+        """Parameters that one token meets: all but the experts it does not take and the table of embeddings, of which
+        it reads one row (unless that is the head, too)."""
+        return sum(round(tensor.parameters * self.read(tensor)) for tensor in self.tensors)
+
+    def read(self, tensor: Tensor) -> float:
+        """The share of ``tensor`` that is read for one token."""
+        if tensor.kind == "expert":
+            return self.chosen / self.experts if self.experts else 1.0
+        if tensor.kind == "embedding" and not self.tied and "head" not in tensor.name and "output" not in tensor.name:
+            return 0.0
+        return 1.0
+
+    def kv_bytes(self, length: int, cache_dtype: str = "auto", tensor_parallel: int = 1) -> int:
+        """Bytes of the cache of one sequence of ``length`` tokens on one of ``tensor_parallel`` ranks."""
+        return sum(self.kv_of_layer(layer, length, cache_dtype, tensor_parallel) for layer in range(self.layers))
+
+    def kv_of_layer(self, layer: int, length: int, cache_dtype: str = "auto", tensor_parallel: int = 1) -> int:
+        """The same of one layer. Keys and values of fewer heads than ranks are held by several ranks."""
+        found = self.attention[layer]
+        if found is None:
+            return 0
+        each = BYTES.get(cache_dtype, BYTES.get(self.dtype, 2))
+        tokens = min(length, found.window) if found.window else length
+        return tokens * math.ceil(found.heads / tensor_parallel) * found.width * each
+
+
+def read_size(source: str, dtype: str = "auto", quantization: str = "") -> ModelSize:
+    """The size of the model at ``source``: a folder, a ``config.json``, a GGUF file, or a name on the hub.
+
+    ``dtype`` is what vLLM is told to compute in, ``quantization`` what it quantises to while it loads
+    (``fp8_per_tensor``, ...). Raises UserError for what is no model.
+    """
+    path = Path(source)
+    if path.suffix == ".gguf":
+        from serve.gguf_size import read_gguf
+
+        return read_gguf(path)
+    config = _config(source)
+    try:
+        return _size_of(source, config, dtype, quantization)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"the size of '{source}', a {config.model_type}, is not known here: {reason}") from error
+
+
+def _size_of(source: str, config: Any, dtype: str, quantization: str) -> ModelSize:
+    path = Path(source)
+    text = config.get_text_config()
+    held = dtype if dtype != "auto" else str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
+    described = _quantization(config, quantization)
+    headers = _headers(path if path.is_dir() else path.parent) if path.exists() else _hub_headers(source)
+    tied = bool(getattr(text, "tie_word_embeddings", False))
+    if headers and not quantization:
+        tensors = tuple(_from_headers(headers, BYTES.get(held, 2), described, tied))
+    else:
+        tensors = tuple(_from_config(config, BYTES.get(held, 2), described))
+    wide = _first(text, "intermediate_size", "ffn_dim", "n_inner") or text.hidden_size
+    experts = _first(text, "num_local_experts", "num_experts", "n_routed_experts")
+    return ModelSize(
+        source=source, tensors=tensors, attention=attention_of(text), vocabulary=text.vocab_size,
+        hidden=text.hidden_size, intermediate=wide,
+        heads=text.num_attention_heads, context=_first(text, "max_position_embeddings", "n_positions") or 0, dtype=held,
+        experts=experts, chosen=_first(text, "num_experts_per_tok") if experts else 0, tied=tied,
+        format=described.name,
+    )  # fmt: skip
+
+
+def _first(config: Any, *names: str) -> int:
+    return next((int(value) for name in names if (value := getattr(config, name, None))), 0)
+
+
+def _config(source: str) -> Any:
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from transformers import AutoConfig
+
+    try:
+        if not Path(source).exists() and not isinstance(try_to_load_from_cache(source, "config.json"), str):
+            get_hf_file_metadata(hf_hub_url(source, "config.json"), timeout=10)  # once; a download tries for 23 s
+        return AutoConfig.from_pretrained(source)
+    except Exception as error:  # no folder, no network, no such model, an architecture that is not known
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"'{source}' is no folder, config.json or hub name of a model: {reason}") from None
+
+
+def attention_of(text: Any) -> tuple[Attention | None, ...]:
+    """What each layer of a Transformers config caches; None for layers without attention (their state is not
+    counted)."""
+    rank = getattr(text, "kv_lora_rank", None)
+    if rank:
+        full = Attention(1, int(rank) + int(text.qk_rope_head_dim))
+    else:
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        full = Attention(int(heads), 2 * int(width))
+    window = getattr(text, "sliding_window", None) or 0
+    types = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    kinds: dict[str, Attention | None] = {
+        "full_attention": full,
+        "sliding_attention": Attention(full.heads, full.width, int(window)),
+        "linear_attention": None,
+        "mamba": None,
+    }
+    return tuple(kinds.get(kind, full) for kind in types)
+
+
+def tensor_kind(name: str, dimensions: int) -> Kind:
+    """How vLLM divides the tensor of this name."""
+    if ".experts." in name or "_exps." in name:
+        return "expert"
+    if dimensions < 2 or any(word in name for word in WHOLE):
+        return "whole"
+    if any(word in name for word in ("embed_tokens", "lm_head", "wte", "token_embd", "word_embeddings")) or (
+        name == "output.weight"
+    ):
+        return "embedding"
+    return "heads" if re.search(r"\b(k_proj|v_proj|attn_k|attn_v)\b", name) else "split"
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a tensor of this name belongs to."""
+    found = LAYER.search(name)
+    return int(found[1]) if found else None
+
+
+def _headers(folder: Path) -> dict[str, Any]:
+    """Name to dtype and shape of every tensor of the safetensors files in ``folder``; empty where there are none."""
+    found: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        if file.name.startswith("adapter_"):
+            continue
+        try:
+            with file.open("rb") as stream:
+                length = struct.unpack("<Q", stream.read(8))[0]
+                if length > 100 << 20:
+                    raise ValueError("its header is too long")
+                header = json.loads(stream.read(length))
+            last = max(
+                (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
+            )
+            if file.stat().st_size < 8 + length + last:
+                raise ValueError(f"{8 + length + last - file.stat().st_size:,} bytes are missing")
+        except (OSError, ValueError, struct.error, KeyError) as error:
+            raise UserError(f"{file} is no whole safetensors file: {error}") from None
+        found |= {name: (entry["dtype"], entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    return found
+
+
+def _hub_headers(name: str) -> dict[str, Any]:
+    """The same of a model on the hub, by ranges of its files; empty without a network."""
+    from huggingface_hub import get_hf_file_metadata, get_safetensors_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10)
+        files = get_safetensors_metadata(name).files_metadata.values()
+    except Exception:  # the config, which was in the cache, is enough for an estimate
+        return {}
+    return {tensor: (info.dtype, info.shape) for file in files for tensor, info in file.tensors.items()}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How linear layers are held: bits a number, and bytes of scales for every ``group`` of them (0: none)."""
+
+    name: str = ""
+    bits: float = 0.0
+    group: int = 0
+    scale_bytes: float = 0.0
+    skipped: tuple[str, ...] = ()
+
+    def scales(self, numbers: int) -> int:
+        """Bytes of scales of a matrix of ``numbers``."""
+        return math.ceil(numbers / self.group * self.scale_bytes) if self.group else 0
+
+
+def _quantization(config: Any, asked: str) -> Format:
+    """The format of a model's ``quantization_config``, or of what vLLM quantises to as it loads."""
+    given = getattr(config, "quantization_config", None) or {}
+    described: Mapping[str, Any] = given if isinstance(given, Mapping) else given.to_dict()
+    method = str(described.get("quant_method", "")).removeprefix("QuantizationMethod.").lower() or asked
+    skipped = tuple(described.get("modules_to_not_convert") or described.get("ignore") or ()) or ("lm_head",)
+    if method in ("awq", "gptq", "awq_marlin", "gptq_marlin", "auto-round"):
+        bits, group = int(described.get("bits", 4)), int(described.get("group_size", 128))
+        # a group has a scale in 16 bits and a zero point in as many bits as a number
+        return Format(method, bits, group if group > 0 else 4096, 2 + bits / 8, skipped)
+    if method.startswith("int8_") or method == "experts_int8":
+        return Format(method, 8, 0, 0.0, skipped)
+    if method.startswith(("fp8", "mxfp8")):
+        block = described.get("weight_block_size")
+        return Format(method, 8, math.prod(block) if block else 0, 4.0 if block else 0.0, skipped)
+    if method == "bitsandbytes" and not described.get("load_in_8bit"):
+        double = described.get("bnb_4bit_use_double_quant")
+        return Format(method, 4, 64, 1 + 4 / 256 if double else 4.0, skipped)
+    if method == "bitsandbytes":
+        return Format(method, 8, 0, 0.0, skipped)
+    if method == "compressed-tensors":
+        groups: dict[str, Any] = described.get("config_groups") or {}
+        weights: dict[str, Any] = next((each.get("weights") or {} for each in groups.values()), {})
+        group = int(weights.get("group_size") or 0)
+        return Format(method, int(weights.get("num_bits", 8)), max(group, 0), 2.0 if group > 0 else 0.0, skipped)
+    if method:
+        raise UserError(f"no size of the quantisation '{method}' is known here: give a folder with its weights")
+    return Format()
+
+
+def _from_headers(headers: Mapping[str, Any], held: int, described: Format, tied: bool) -> Iterator[Tensor]:
+    """The tensors of files. Floating-point ones are cast to ``held`` bytes as they are loaded; packed ones are not."""
+    for name, (dtype, shape) in headers.items():
+        if name.endswith("rotary_emb.inv_freq") or (tied and name.startswith("lm_head") and len(headers) > 1):
+            continue
+        numbers = math.prod(shape)
+        size = numbers * DTYPES[dtype]
+        kind = tensor_kind(name, len(shape))
+        if any(name.endswith(end) or f".{end}" in name for end in SCALES):
+            yield Tensor(name, 0, 0, kind if kind != "whole" else _kind_of_scales(name), layer_of(name), size)
+        elif dtype in ("F32", "F16", "BF16"):
+            yield Tensor(name, numbers, numbers * held, kind, layer_of(name))
+        else:
+            logical = round(size * 8 / described.bits) if described.bits else numbers
+            packed = kind if kind != "whole" else _kind_of_scales(name)
+            yield Tensor(name, logical, size, packed, layer_of(name))
+
+
+def _kind_of_scales(name: str) -> Kind:
+    """Flattened, packed numbers have one dimension and are divided as the matrix that they stand for."""
+    return tensor_kind(name, 2)
+
+
+def _from_config(config: Any, held: int, described: Format) -> Iterator[Tensor]:
+    for name, shape in _parameters(config):
+        numbers, kind = math.prod(shape), tensor_kind(name, len(shape))
+        packed = described.bits and kind in ("split", "heads", "expert") and layer_of(name) is not None
+        if packed and not any(word in name for word in described.skipped):
+            yield Tensor(
+                name, numbers, math.ceil(numbers * described.bits / 8), kind, layer_of(name), described.scales(numbers)
+            )
+        else:
+            yield Tensor(name, numbers, numbers * held, kind, layer_of(name))
+
+
+def _parameters(config: Any) -> Iterable[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the model of ``config``, built without storage."""
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # its own linear layers, which may want a card, are not needed for shapes
+    with torch.device("meta"):
+        try:
+            model = AutoModelForCausalLM.from_config(config)
+        except ValueError:  # an encoder
+            model = AutoModel.from_config(config)
+    return [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]

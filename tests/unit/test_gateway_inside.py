@@ -1,0 +1,203 @@
+"""The gateway as the outermost layer of a FastAPI application, as it is of Ray's ingress."""
+
+import asyncio
+import json
+import sqlite3
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from serve.gateway.api_keys import key_of, open_store
+from serve.gateway.app import Gateway
+from serve.gateway.quota import Quota
+from serve.gateway.settings import GatewayConfig
+
+HEADERS = {"Authorization": "Bearer wb-key"}
+
+
+class Ingress:
+    """An application with the layers that Ray's has, and what it has seen."""
+
+    def __init__(self, settings: GatewayConfig) -> None:
+        self.bodies: list[Any] = []
+        self.headers: list[dict[str, str]] = []
+        self.cancelled = 0
+        self.started = asyncio.Event()
+        app = self.app = FastAPI()
+
+        @app.get("/v1/models")
+        async def models() -> Any:
+            return {"object": "list", "data": [{"id": "tiny", "metadata": {"max_request_context_length": 64}}]}
+
+        @app.post("/v1/chat/completions")
+        async def chat(request: Request) -> Response:
+            body = await request.json()
+            self.bodies.append(body)
+            self.headers.append(dict(request.headers))
+            text = body["messages"][-1]["content"]
+            if text == "fail":
+                raise RuntimeError("inside")
+            if text.startswith("refuse"):
+                return JSONResponse({"error": {"message": "no"}}, int(text.split()[1]))
+            if text == "wait":
+                self.started.set()
+                try:
+                    await asyncio.sleep(60)
+                except asyncio.CancelledError:
+                    self.cancelled += 1
+                    raise
+            if not body.get("stream"):
+                return JSONResponse({"choices": [{"message": {"content": text}}], "usage": {"prompt_tokens": 1,
+                                     "completion_tokens": 1}})  # fmt: skip
+            return StreamingResponse(self._stream(text), media_type="text/event-stream")
+
+        async def passed(request: Request, call_next: Any) -> Response:
+            return await call_next(request)  # type: ignore[no-any-return]
+
+        app.add_middleware(BaseHTTPMiddleware, dispatch=passed)
+        app.add_middleware(Gateway, settings=settings, healthy=lambda model: model == "tiny")
+
+    async def _stream(self, text: str) -> AsyncIterator[str]:
+        for word in text.split():
+            yield f"data: {json.dumps({'choices': [{'index': 0, 'delta': {'content': word}}]})}\n\n"
+            if word == "hang":
+                self.started.set()
+            try:
+                await asyncio.sleep(60 if word == "hang" else 0)
+            except asyncio.CancelledError:
+                self.cancelled += 1
+                raise
+        yield "data: [DONE]\n\n"
+
+
+async def made(tmp_path: Path, **more: Any) -> tuple[Ingress, httpx.AsyncClient]:
+    settings = GatewayConfig(store=f"sqlite:///{tmp_path / 'gateway.db'}", **more)
+    await open_store(settings.store).add(key_of("wb-key", "operator"))
+    ingress = Ingress(settings)
+    transport = httpx.ASGITransport(ingress.app, raise_app_exceptions=False)
+    return ingress, httpx.AsyncClient(transport=transport, base_url="http://x", headers=HEADERS)
+
+
+def ask(text: str, **more: Any) -> dict[str, Any]:
+    return {"model": "tiny", "messages": [{"role": "user", "content": text}], **more}
+
+
+def test_what_the_application_answers_comes_through_with_its_ids(tmp_path: Path) -> None:
+    async def work() -> None:
+        ingress, client = await made(tmp_path)
+        whole = await client.post("/v1/chat/completions", json=ask("hello", top_k=3))
+        assert whole.json()["choices"][0]["message"]["content"] == "hello"
+        assert ingress.bodies[0]["request_id"] == whole.headers["x-request-id"] == ingress.headers[0]["x-request-id"]
+        assert ingress.bodies[0]["top_k"] == 3
+        assert "authorization" not in ingress.headers[0]
+        stream = await client.post("/v1/chat/completions", json=ask("a b c", stream=True))
+        assert stream.text.count("data: ") == 4
+        listed = (await client.get("/v1/models")).json()["data"]
+        assert listed == [{"id": "tiny", "metadata": {"max_request_context_length": 64}}]
+
+    asyncio.run(work())
+
+
+def test_a_store_that_cannot_count_refuses_and_costs_no_engine_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def locked(*_: Any) -> Any:
+        raise sqlite3.OperationalError("database is locked")
+
+    async def work() -> None:
+        ingress, client = await made(tmp_path)
+        monkeypatch.setattr(Quota, "admit", locked)
+        answer = await client.post("/v1/chat/completions", json=ask("hello"))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "store_unavailable")
+        assert answer.headers["retry-after"] == "5" and ingress.bodies == []
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("status", [401, 403, 429])
+def test_a_refusal_of_the_gateway_itself_is_not_told_to_the_client(tmp_path: Path, status: int) -> None:
+    async def work() -> None:
+        _, client = await made(tmp_path, defaults={"retries": 0})
+        answer = await client.post("/v1/chat/completions", json=ask(f"refuse {status}"))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_unavailable")
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("path", ["/docs", "/openapi", "/v1/unknown", "/v1/completions/", "/redoc"])
+def test_a_path_that_the_gateway_does_not_know_does_not_reach_the_application(tmp_path: Path, path: str) -> None:
+    async def work() -> None:
+        ingress, client = await made(tmp_path)
+        for method in ("GET", "POST", "DELETE"):
+            answer = await client.request(method, path, json=ask("hello"))
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+        assert ingress.bodies == []
+
+    asyncio.run(work())
+
+
+def test_an_application_that_breaks_is_an_engine_that_failed(tmp_path: Path) -> None:
+    async def work() -> None:
+        _, client = await made(tmp_path, defaults={"retries": 0})
+        answer = await client.post("/v1/chat/completions", json=ask("fail"))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_unavailable")
+        assert "inside" not in answer.text
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize(("text", "stream"), [("wait", False), ("a hang b", True)])
+def test_work_that_takes_too_long_is_cancelled_in_the_application(tmp_path: Path, text: str, stream: bool) -> None:
+    async def work() -> None:
+        ingress, client = await made(tmp_path, defaults={"retries": 0, "timeout": 0.5, "first_token_timeout": 0.2})
+        answer = await client.post("/v1/chat/completions", json=ask(text, stream=stream))
+        if stream:
+            assert answer.text.startswith("data: ") and '"code":"timeout"' in answer.text
+        else:
+            assert answer.json()["error"]["code"] == "timeout"
+        assert ingress.cancelled == 1
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize(("text", "stream"), [("wait", False), ("a hang b", True)])
+def test_work_for_a_client_that_leaves_is_cancelled_in_the_application(tmp_path: Path, text: str, stream: bool) -> None:
+    async def work() -> None:
+        ingress, _ = await made(tmp_path)
+        body = json.dumps(ask(text, stream=stream)).encode()
+        given = False
+
+        async def receive() -> Any:
+            nonlocal given
+            if not given:
+                given = True
+                return {"type": "http.request", "body": body, "more_body": False}
+            await ingress.started.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            pass
+
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/chat/completions", "raw_path": b"", "root_path": "",
+            "query_string": b"", "headers": [(b"authorization", b"Bearer wb-key")], "http_version": "1.1",
+        }  # fmt: skip
+        await asyncio.wait_for(ingress.app(scope, receive, send), 20)
+        assert ingress.cancelled == 1
+
+    asyncio.run(work())
+
+
+def test_readiness_is_what_the_engines_own_health_says(tmp_path: Path) -> None:
+    async def work() -> None:
+        _, client = await made(tmp_path)
+        told = (await client.get("/ready")).json()
+        assert told["status"] == "ready" and told["models"]["tiny"]["ready"]
+
+    asyncio.run(work())
