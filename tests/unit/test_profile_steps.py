@@ -141,6 +141,7 @@ def packed(events: Any) -> bytes:
         gzip.compress(b"[]"),
         packed([])[:10] + b"\xff" * 20,
     ],
+    ids=["no events", "no object", "no name", "a list", "damaged"],  # gzip's bytes hold the time: no name for a test
 )
 def test_a_trace_in_which_nothing_ran_or_that_is_damaged_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "rank-0.json.gz").write_bytes(content)
