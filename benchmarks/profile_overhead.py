@@ -6,8 +6,9 @@ The work keeps every core busy with a fixed number of matrix products, one proce
 round does it once without a recorder and once beside one, the order turned from round to round. Compared are
 the wall time, and the CPU time of the work alone, which others on the machine do not lengthen; the slowdown is the
 median of the rounds' ratios. Where there is a card, the same again with products on it. The recorder is that of
-``profile record``: an actor of a Ray that runs all the while, at 10 samples a second, which exports its readings; its
-own CPU time is what it writes down.
+``profile record``: an actor of a Ray that runs all the while, at 10 samples a second, which exports its readings. Its
+own CPU time is what it writes down: of its sampling threads, and of its whole process, where imports and Ray's threads
+count too.
 """
 
 import argparse
@@ -69,14 +70,15 @@ def on_card(products: int) -> Cost:
     return Cost(time.perf_counter() - begun, time.process_time() - spent)
 
 
-def recorded(work: Callable[[], Cost]) -> tuple[Cost, float]:
-    """``work`` beside a recorder, and what the recorder took of a core, in percent."""
+def recorded(work: Callable[[], Cost]) -> tuple[Cost, tuple[float, float]]:
+    """``work`` beside a recorder; what sampling took of a core, and the process that samples, in percent."""
     with tempfile.TemporaryDirectory() as folder:
         recording = ClusterRecording(Path(folder), HERTZ, export=True)
         took = work()
         recording.stop()
         [facts] = [read_json(file) for file in Path(folder).glob("*/host.json")]
-    return took, 100 * facts["sampler_cpu_seconds"] / facts["sampler_wall_seconds"]
+    spent = facts["sampler_cpu_seconds"], facts["sampler_process_cpu_seconds"]
+    return took, (100 * spent[0] / facts["sampler_wall_seconds"], 100 * spent[1] / facts["sampler_wall_seconds"])
 
 
 def compare(name: str, work: Callable[[], Cost], rounds: int) -> dict[str, str]:
@@ -97,7 +99,8 @@ def compare(name: str, work: Callable[[], Cost], rounds: int) -> dict[str, str]:
         "alone": f"{statistics.median(alone):.1f} s",
         "wall time": _spread(wall),
         "CPU time of the work": _spread(cpu),
-        "recorder, of one core": f"{statistics.median(shares):.2f}%",
+        "sampling, of one core": f"{statistics.median(share for share, _ in shares):.2f}%",
+        "its process": f"{statistics.median(share for _, share in shares):.2f}%",
     }
 
 

@@ -96,6 +96,9 @@ def measure(way: Way, size: int, rounds: int) -> dict[str, Any]:
         run(1)
         repeats = max(1, int(LEAST_SECONDS / max(run(1), 1e-7)))
         seconds = [run(repeats) / repeats for _ in range(rounds)]
+        for _, target, _ in pairs:
+            target.zero_()
+        run(1)  # what is checked is a copy of its own, and none that came before
         wrong = sum(int((target.to(HOST) != source.to(HOST)).sum()) for source, target, _ in pairs)
     finally:
         torch.set_num_threads(threads)

@@ -34,11 +34,15 @@ class MarkListener:
             ) from None
         self._heard: list[dict[str, Any]] = []
         self._lock = threading.Lock()
+        self._last, self._cleared = secrets.token_bytes(16), False
         self._thread = threading.Thread(target=self._listen, name="marks", daemon=True)
         self._thread.start()
 
     def _listen(self) -> None:
-        while data := self._socket.recv(MOST_BYTES):
+        while True:
+            data = self._socket.recv(MOST_BYTES)
+            if data == self._last or (self._cleared and not data):
+                return
             try:
                 message = json.loads(data)
             except ValueError:
@@ -56,8 +60,9 @@ class MarkListener:
         """Listen no more; what was heard can still be taken."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as last:
             try:
-                last.sendto(b"", str(self._path))
+                last.sendto(self._last, str(self._path))
             except OSError:  # somebody has cleared the folder away
+                self._cleared = True
                 self._socket.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._socket.close()

@@ -3,11 +3,16 @@
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from profiling.samplers import Reading
 
 ALL_LINKS = 0xFFFFFFFF
+PCI_DEVICES = Path("/sys/bus/pci/devices")
+NVIDIA = "0x10de"
+MOST_LANES = 16
+"""Linux tells 255 where it does not know."""
 Sensor = Callable[[], float]
 
 
@@ -170,7 +175,7 @@ class NvidiaSampler:
             "uuid": lambda: nvml.nvmlDeviceGetUUID(handle),
             "memory_bytes": lambda: nvml.nvmlDeviceGetMemoryInfo(handle).total,
             "pcie_generation_max": lambda: nvml.nvmlDeviceGetMaxPcieLinkGeneration(handle),
-            "pcie_width_max": lambda: nvml.nvmlDeviceGetMaxPcieLinkWidth(handle),
+            "pcie_width_max": lambda: _card_width(nvml, handle) or nvml.nvmlDeviceGetMaxPcieLinkWidth(handle),
             "power_limit": lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
             "sm_clock_max": lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM),
         }
@@ -189,3 +194,17 @@ class NvidiaSampler:
         if self._running:
             self._nvml.nvmlShutdown()
             self._running, self._handles, self._fast, self._slow = False, {}, [], []
+
+
+def _card_width(nvml: Any, handle: Any) -> int | None:
+    """The lanes that the card itself has, by Linux; NVML tells no more than the slot has. None where Linux is silent.
+
+    Source: the kernel's Documentation/ABI/testing/sysfs-bus-pci, ``max_link_width``.
+    """
+    domain, _, rest = nvml.nvmlDeviceGetPciInfo(handle).busId.lower().partition(":")
+    device = PCI_DEVICES / f"{domain[-4:]}:{rest}"
+    try:
+        vendor, width = (device / "vendor").read_text().strip(), int((device / "max_link_width").read_text())
+    except (OSError, ValueError):
+        return None
+    return width if vendor == NVIDIA and 0 < width <= MOST_LANES else None

@@ -68,6 +68,8 @@ def describe(trace: HostTrace, recording: Recording) -> str:
         note += f", PCIe counters {pcie:g}"
     if cost := sampling_cost_percent(trace):
         note += f"; sampling took {cost:.2f}% of one core"
+        if with_ray := sampling_cost_percent(trace, "sampler_process_cpu_seconds"):
+            note += f", {with_ray:.2f}% with its start and Ray's own part of its process"
     if recording.offsets.get(trace.host):
         note += f". Its clock was {recording.offsets[trace.host] * 1000:+.0f} ms off, known to "
         note += f"{recording.clock_error * 1000:.1f} ms, and is corrected"
@@ -113,11 +115,12 @@ def _add_histogram(figure: "go.Figure", values: np.ndarray, name: str, number: i
     )  # fmt: skip
 
 
-def sampling_cost_percent(trace: HostTrace) -> float | None:
-    """CPU seconds of the sampler per second of the recording, in percent of one core."""
-    if not trace.facts.get("sampler_wall_seconds"):
+def sampling_cost_percent(trace: HostTrace, fact: str = "sampler_cpu_seconds") -> float | None:
+    """CPU seconds of the sampling threads per second of the recording, in percent of one core, or those that another
+    fact has; None where the recording does not have it."""
+    if not trace.facts.get("sampler_wall_seconds") or fact not in trace.facts:
         return None
-    return float(100 * trace.facts["sampler_cpu_seconds"] / trace.facts["sampler_wall_seconds"])
+    return float(100 * trace.facts[fact] / trace.facts["sampler_wall_seconds"])
 
 
 def summarize(recording: Recording) -> Summary:

@@ -215,6 +215,12 @@ def sensor_failed(trace: HostTrace, recording: Recording) -> Seen:
             yield f"{sensor} failed in the middle of the recording", reason
 
 
+def damaged_part(trace: HostTrace, recording: Recording) -> Seen:
+    """What was sampled meanwhile is lost; the others are read."""
+    if damaged := trace.facts.get("damaged_parts"):
+        yield f"{len(damaged)} of the host's files of samples cannot be read", "; ".join(damaged[:3])
+
+
 def clock_set(trace: HostTrace, recording: Recording) -> Seen:
     """The axis does not follow a clock that is set, but logs do."""
     for step in trace.facts.get("clock_steps", []):
@@ -294,6 +300,7 @@ RULES: dict[str, tuple[Look, str]] = {
     "spilled": (spilled, "A larger object store, or smaller blocks of the dataset in flight."),
     "cores full": (cores_full, "More hosts, or fewer threads fighting for these cores."),
     "sensor failed": (sensor_failed, "See the kernel's log for Xid errors: a card may have fallen off its bus."),
+    "damaged part": (damaged_part, "Look after the storage: a part is written whole or not at all."),
     "clock set": (clock_set, "Let one NTP daemon slew the clock, and no other program set it."),
     "clock apart": (clock_apart, "Run an NTP daemon on every host."),
     "host ended": (host_ended, "See 'cluster doctor' and the host's own log."),

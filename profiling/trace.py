@@ -6,6 +6,7 @@ recording.phases, recording.marks
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,14 @@ Series = tuple[np.ndarray, np.ndarray]
 """Times (epoch seconds, increasing) and values, of one length."""
 
 NOTHING: Series = (np.empty(0), np.empty(0))
+
+_ALWAYS = {"name", "value", "host", "pid"}
+TOLD = {
+    "mark": _ALWAYS | {"figures"},
+    "begin": _ALWAYS | {"id"},
+    "end": _ALWAYS | {"id", "began", "monotonic", "figures"},
+}
+"""What a line of ``marks.jsonl`` must say, by its kind."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ class HostTrace:
     @property
     def cards(self) -> list[str]:
         """The cards that gave any reading, by their index."""
-        return sorted({device for metric, device in self.series if metric in ("gpu.busy", "gpu.memory_used")})
+        return _in_order({device for metric, device in self.series if metric in ("gpu.busy", "gpu.memory_used")})
 
     def card_facts(self, card: str) -> dict[str, Any]:
         """Name, memory and limits of a card; empty where they are not known."""
@@ -81,7 +90,7 @@ class HostTrace:
 
     def devices(self, metric: str) -> list[str]:
         """The devices that gave ``metric``."""
-        return sorted(device for name, device in self.series if name == metric)
+        return _in_order({device for name, device in self.series if name == metric})
 
     def get(self, metric: str, device: str = "") -> Series:
         """The series of a sensor; empty where the host lacks it."""
@@ -115,9 +124,14 @@ class HostTrace:
         return float(sum(np.interp(end, times, area) - np.interp(start, times, area) for times, area in areas))
 
     def joules(self, start: float, end: float, card: str) -> float | None:
-        """Energy of a card in the interval: its own counter, or the integral of its power; None without either."""
+        """Energy of a card in the interval: its own counter as far as that goes, and the integral of its power where
+        it has none or failed in the middle; None without either."""
         counted = self.total("gpu.energy_joules", start, end, [card])
-        return counted if counted is not None else self.integral("gpu.power", start, end, [card])
+        if counted is None:
+            return self.integral("gpu.power", start, end, [card])
+        last = float(self.get("gpu.energy_joules", card)[0][-1])
+        after = self.integral("gpu.power", max(start, last), end, [card]) if last < end else None
+        return counted + (after or 0.0)
 
     def rate(self, metric: str, devices: list[str] | None = None) -> Series | None:
         """A counter's bytes a second between consecutive samples, summed over ``devices``; at the later sample's time.
@@ -140,6 +154,15 @@ class HostTrace:
     def _known(self, metric: str, devices: list[str] | None) -> list[Series]:
         devices = self.devices(metric) if devices is None else devices
         return [self.series[metric, device] for device in devices if (metric, device) in self.series]
+
+
+def _in_order(devices: set[str]) -> list[str]:
+    """By name, numbers in it by their value: card 10 comes after card 9."""
+
+    def pieces(device: str) -> list[tuple[int, str]]:
+        return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"([0-9]+)", device)]
+
+    return sorted(devices, key=pieces)
 
 
 def increases(counter: np.ndarray) -> np.ndarray:
@@ -185,18 +208,24 @@ def samples_folder(folder: Path) -> Path:
 def read_recording(folder: Path) -> Recording:
     """The recording in a run folder or its ``samples``; hosts without a whole part are left out.
 
-    Raises UserError if there are no samples, or one of the files is damaged.
+    A part that is damaged is left out and named in the host's facts as ``damaged_parts``. Raises UserError if there are
+    no samples.
     """
     folder = samples_folder(folder)
     clocks = read_record(folder / CLOCKS) or {}
-    hosts, axes = {}, dict[str, _Axis]()
+    hosts, axes, unread = {}, dict[str, _Axis](), list[str]()
     for part_folder in sorted(path for path in folder.glob("*") if path.is_dir()):
         facts = read_record(part_folder / "host.json") or {}
         axis = axes[part_folder.name] = _Axis(facts.get("clock"), clocks.get("offsets", {}).get(part_folder.name, []))
-        if series := _read_series(part_folder, axis):
+        series, damaged = _read_series(part_folder, axis)
+        if damaged:
+            facts["damaged_parts"] = damaged
+            unread += damaged
+        if series:
             hosts[part_folder.name] = HostTrace(part_folder.name, facts, series)
     if not hosts:
-        raise UserError(f"no samples under {folder}: give the run folder of a 'workbench profile record'")
+        why = f"they cannot be read ({unread[0]})" if unread else "give the run folder of a 'workbench profile record'"
+        raise UserError(f"no samples under {folder}: {why}")
     if reference := clocks.get("reference"):
         axes.setdefault(reference["host"], _Axis(reference, []))
     recording = Recording(hosts, actors=read_record(folder / ACTORS) or {})
@@ -230,21 +259,25 @@ class _Axis:
         return float(self.place(np.array([self._clock["wall"] + told["monotonic"] - self._clock["monotonic"]]))[0])
 
 
-def _read_series(folder: Path, axis: _Axis) -> dict[tuple[str, str], Series]:
+def _read_series(folder: Path, axis: _Axis) -> tuple[dict[tuple[str, str], Series], list[str]]:
+    """A host's series, and the names of the parts that cannot be read."""
+    import pandas
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    parts = sorted(folder.glob("part-*.parquet"))
-    if not parts:
-        return {}
-    try:
-        frame = pq.ParquetDataset(parts).read().to_pandas().sort_values("time", kind="stable")
-        return {
-            (str(metric), str(device)): (axis.place(rows["time"].to_numpy()), rows["value"].to_numpy())
-            for (metric, device), rows in frame.groupby(["metric", "device"], observed=True)
-        }
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise UserError(f"{folder}: its samples cannot be read ({error}): a part is damaged") from None
+    frames, damaged = [], []
+    for part in sorted(folder.glob("part-*.parquet")):
+        try:
+            frames.append(pq.read_table(part, columns=["time", "metric", "device", "value"]).to_pandas())
+        except (pa.ArrowException, OSError) as error:
+            damaged.append(f"{part.name}: {str(error).splitlines()[0]}")
+    if not frames:
+        return {}, damaged
+    frame = pandas.concat(frames).astype({"metric": str, "device": str}).sort_values("time", kind="stable")
+    return {
+        (str(metric), str(device)): (axis.place(rows["time"].to_numpy()), rows["value"].to_numpy())
+        for (metric, device), rows in frame.groupby(["metric", "device"], observed=True)
+    }, damaged
 
 
 def _read_marks(folder: Path, axes: dict[str, _Axis]) -> Iterator[dict[str, Any]]:
@@ -253,9 +286,11 @@ def _read_marks(folder: Path, axes: dict[str, _Axis]) -> Iterator[dict[str, Any]
             try:
                 told = json.loads(line)
                 told["at"] = axes.get(told["host"], _Axis(None, [])).time_of(told)
+                whole = TOLD[told["kind"]] <= told.keys()
             except (ValueError, KeyError, TypeError):
                 continue  # cut off when its host died
-            yield told
+            if whole:
+                yield told
 
 
 def _marks(told: list[dict[str, Any]]) -> Iterator[Mark]:

@@ -107,7 +107,7 @@ def test_a_damaged_recording_ends_with_2_and_its_reason(runs_root: Path, tmp_pat
         part.write_bytes(b"PAR1 broken")
     done = workbench("profile", "report", f"recording={folder}")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "its samples cannot be read" in done.stderr and "Traceback" not in done.stderr
+    assert "they cannot be read" in done.stderr and "Traceback" not in done.stderr
 
 
 class Refusing(BaseHTTPRequestHandler):

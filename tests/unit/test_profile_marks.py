@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -80,6 +81,17 @@ def test_a_listener_ends_whose_folder_was_cleared_away(tmp_path: Path, monkeypat
     assert [told["name"] for told in listener.take()] == ["step"]
 
 
+def test_an_empty_message_does_not_end_the_listener(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKBENCH_MARKS", str(tmp_path / "a"))
+    listener = MarkListener()
+    [name] = (tmp_path / "a").iterdir()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.sendto(b"", str(name))
+    mark("step", 1)
+    listener.close()
+    assert [told["name"] for told in listener.take()] == ["step"]
+
+
 def test_phases_have_figures_and_one_that_never_ended_lasts_to_the_end(tmp_path: Path) -> None:
     recorder = HostRecorder(str(tmp_path), hertz=20)
     recorder.ready()
@@ -119,7 +131,8 @@ def test_a_line_of_marks_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     mark("step", 2)
     recorder.stop()
     file = tmp_path / recorder.host / "marks.jsonl"
-    file.write_text(file.read_text()[:-10])
+    foreign = json.dumps({"kind": "mark", "host": recorder.host, "monotonic": 1})
+    file.write_text(f"{foreign}\n{file.read_text()[:-10]}")
     assert [one.value for one in read_recording(tmp_path).marks] == [1]
 
 

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from lab.cards import RTX_5090, RTX_PRO_6000, Card, library, write_cards
 
+from profiling import nvidia
 from profiling.rules import findings
 from profiling.shares import per_unit
 from profiling.trace import Recording, read_recording
@@ -197,3 +199,18 @@ def test_the_faults_that_were_planted_are_found(recorded: tuple[Recording, Any, 
     assert said["narrow link"] == "PCIe link of card 1 runs at x8 of x16"
     assert said["sensor failed"] == "gpu.temperature of card 1 failed in the middle of the recording"
     assert "power cap reached" in said["power cap"]
+
+
+def test_the_lanes_of_a_card_are_those_that_it_has_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvidia, "PCI_DEVICES", tmp_path)
+    nvml = SimpleNamespace(nvmlDeviceGetPciInfo=lambda handle: SimpleNamespace(busId="00000000:C1:00.0"))
+    assert nvidia._card_width(nvml, None) is None  # no Linux, or a container without /sys
+    device = tmp_path / "0000:c1:00.0"
+    device.mkdir()
+    (device / "vendor").write_text("0x10de\n")
+    for told, width in {"16": 16, "255": None, "x": None}.items():
+        (device / "max_link_width").write_text(told + "\n")
+        assert nvidia._card_width(nvml, None) == width
+    (device / "max_link_width").write_text("16\n")
+    (device / "vendor").write_text("0x1af4\n")
+    assert nvidia._card_width(nvml, None) is None

@@ -99,6 +99,7 @@ FAULTS: dict[str, tuple[Values, dict[str, Any], str, str]] = {
         "gpu.power of card 0 failed", "GPU is lost",
     ),
     "clock set": ({}, {"clock_steps": [{"time": START + 30, "seconds": -7.5}]}, "set by -7.5 s", "30 s after"),
+    "damaged part": ({}, {"damaged_parts": ["part-7.parquet: no footer"]}, "1 of the host's files", "part-7.parquet"),
     "sampler cost": ({}, {"sampler_cpu_seconds": 9.0}, "sampling took 9.0% of a core", "1 Hz"),
 }  # fmt: skip
 

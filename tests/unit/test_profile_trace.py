@@ -66,6 +66,35 @@ def test_rates_integrate_to_the_bytes(trace: HostTrace) -> None:
     assert rates[:10].max() == 0
 
 
+def test_a_damaged_part_costs_its_own_samples_only(tmp_path: Path) -> None:
+    folder = made_trace(tmp_path)
+    (folder / "box" / "part-7.parquet").write_bytes(b"PAR1 cut off")
+    trace = read_recording(folder).hosts["box"]
+    assert trace.total("disk.read_bytes", START, START + 20) == pytest.approx(10 * GIB)
+    [damaged] = trace.facts["damaged_parts"]
+    assert damaged.startswith("part-7.parquet: ")
+
+
+def test_devices_are_in_the_order_of_their_numbers() -> None:
+    series = {("gpu.busy", card): (np.zeros(1), np.zeros(1)) for card in ("10", "9", "0")}
+    series |= {("disk.read_bytes", disk): (np.zeros(1), np.zeros(1)) for disk in ("sda", "nvme10n1", "nvme2n1")}
+    trace = HostTrace("box", {}, series)
+    assert trace.cards == ["0", "9", "10"]
+    assert trace.devices("disk.read_bytes") == ["nvme2n1", "nvme10n1", "sda"]
+
+
+def test_energy_after_the_counter_failed_is_that_of_the_power() -> None:
+    seconds = np.arange(21.0)
+    trace = HostTrace("box", {}, {
+        ("gpu.energy_joules", "0"): (seconds[:11], 50 * seconds[:11]), ("gpu.power", "0"): (seconds, np.full(21, 70.0)),
+    })  # fmt: skip
+    assert trace.joules(0, 20, "0") == pytest.approx(500 + 700)
+    assert trace.joules(2, 8, "0") == pytest.approx(300)
+    assert trace.joules(12, 15, "0") == pytest.approx(210)
+    del trace.series["gpu.power", "0"]
+    assert trace.joules(0, 20, "0") == pytest.approx(500)
+
+
 def test_a_lost_part_loses_no_bytes(tmp_path: Path) -> None:
     folder = made_trace(tmp_path)
     samples = [(START + t, Reading("disk.read_bytes", "sda", 5e9 + (t - 10) * GIB)) for t in (100, 101)]
