@@ -1,6 +1,7 @@
 """A tiny Llama with random weights and a tokenizer trained on the spot: real files that Transformers and vLLM load."""
 
 from pathlib import Path
+from typing import Any
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n{% endfor %}"
@@ -144,3 +145,14 @@ def quantise(base: Path, folder: Path, method: str, group: int = 32) -> Path:
     own = {"desc_act": False, "sym": True} if method == "gptq" else {"zero_point": True, "version": "gemm"}
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": about | own}))
     return folder
+
+
+def without_fused_products(model: Any) -> Any:
+    """``model``, whose bitsandbytes layers multiply in their own dtype: on a CPU with AVX512_BF16 an evaluated layer
+    rounds to bfloat16 otherwise, and agrees with nothing to more than three digits."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return model

@@ -1,5 +1,6 @@
 """NF4 layers: bit for bit bitsandbytes' weights, gradients by the input alone, nothing kept but the packed bytes."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,8 @@ def test_a_kernel_undoes_nf4_as_bitsandbytes_does(shape: tuple[int, ...], dtype:
     packed, state = quantized(shape, dtype)
     undone = NF4Stack(state, kernel)(packed.view(-1))
     assert undone.dtype == dtype
+    # bitsandbytes' kernel for AVX-512 takes the scale of another block where rows are no multiple of 64: as one row
+    state.shape = torch.Size([1, math.prod(shape)])
     assert torch.equal(undone, dequantize_4bit(packed, state).view(shape))
 
 

@@ -14,6 +14,7 @@ nothing but the bytes is kept.
 
 import functools
 import importlib.util
+import math
 from collections.abc import Collection
 from types import SimpleNamespace
 from typing import Any
@@ -64,13 +65,21 @@ def _undo(
 
         scales = torch.ops.bitsandbytes.dequantize_blockwise(absmax, nested[:-1], tables[16:], 256, torch.float32)
         scales += nested[-1]
-        return torch.ops.bitsandbytes.dequantize_4bit(weight.view(-1, 1), scales, 64, "nf4", shape, dtype).view(shape)
+        rows = _rows(shape)
+        return torch.ops.bitsandbytes.dequantize_4bit(weight.view(-1, 1), scales, 64, "nf4", rows, dtype).view(shape)
     scales = tables[16:][absmax.int()] * nested[:-1].repeat_interleave(256)[: len(absmax)] + nested[-1]
     code = torch.arange(256, device=weight.device)
     pairs = torch.stack((tables[code >> 4], tables[code & 15]), dim=1)  # what each byte means
     values = pairs[weight.int()].view(-1)
     whole = F.pad(values, (0, 64 * len(absmax) - len(values))).view(-1, 64) * scales[:, None]
     return whole.view(-1)[: len(values)].view(shape).to(dtype)
+
+
+def _rows(shape: list[int]) -> list[int]:
+    """A shape of as many numbers whose rows hold whole blocks: where they do not, bitsandbytes' kernel for AVX-512
+    multiplies some values by the scale of their neighbours' block."""
+    numbers = math.prod(shape)
+    return shape if shape[-1] % 64 == 0 else [1, numbers] if numbers % 64 else [numbers // 64, 64]
 
 
 @undo.register_fake
