@@ -44,8 +44,8 @@ class BudgetConfig(Config):
 
     @model_validator(mode="after")
     def _finite(self) -> "BudgetConfig":
-        if self.trials is None and self.hours is None and self.gpu_hours is None:
-            raise ValueError("a sweep has an end: give budget.trials, budget.hours or budget.gpu_hours")
+        if not self.model_dump(exclude_none=True):
+            raise ValueError("a sweep has an end: give budget.trials, budget.hours, budget.gpu_hours or budget.target")
         return self
 
 
@@ -160,8 +160,8 @@ class SweepConfig(Config):
             raise ValueError(
                 f"trials are compared by the first metric while they run: give {self.metric} after another"
             )
-        if self.budget.trials is None and self.budget.hours is None and not self.config.gpus_per_worker:
-            raise ValueError("trials on CPUs spend no GPU-hours: give budget.trials or budget.hours")
+        if set(self.budget.model_dump(exclude_none=True)) == {"gpu_hours"} and not self.config.gpus_per_worker:
+            raise ValueError("trials on CPUs spend no GPU-hours: give budget.trials, budget.hours or budget.target")
         return self
 
     @model_validator(mode="after")

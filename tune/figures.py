@@ -40,8 +40,9 @@ def curves(trials: "Sequence[TrialRecord]", metric: str) -> "go.Figure":
     return figure
 
 
-def parallel_coordinates(trials: "Sequence[TrialRecord]", metric: str) -> "go.Figure":
-    """An axis for each key of the space and one for the metric, coloured by it; trials without one are left out."""
+def parallel_coordinates(trials: "Sequence[TrialRecord]", metric: str, minimises: bool = True) -> "go.Figure":
+    """An axis for each key of the space and one for the metric, coloured by it, the best lightest; trials without one
+    are left out."""
     import plotly.graph_objects as go
 
     rows = [trial for trial in trials if trial.last is not None]
@@ -49,7 +50,7 @@ def parallel_coordinates(trials: "Sequence[TrialRecord]", metric: str) -> "go.Fi
     keys = dict.fromkeys(key for trial in rows for key in trial.point)
     axes = [_axis(key, [trial.point.get(key, ABSENT) for trial in rows]) for key in keys]
     axes += [{"label": "steps", "values": [trial.steps for trial in rows]}, {"label": metric, "values": last}]
-    line = {"color": last, "colorscale": "Viridis", "reversescale": True, "showscale": True}
+    line = {"color": last, "colorscale": "Viridis", "reversescale": minimises, "showscale": True}
     return go.Figure(go.Parcoords(line=line, dimensions=axes), layout={"height": 400})
 
 
@@ -74,27 +75,42 @@ def contour(study: "SweepStudy", finished: "Sequence[TrialRecord]", metric: str)
 
 
 def pareto(study: "SweepStudy", finished: "Sequence[TrialRecord]", metric: str) -> "go.Figure":
-    """The metric against what a trial cost, card-seconds where it had a card, with the front of the best of both."""
+    """The first metric, called ``metric``, against what a trial cost, card-seconds where it had a card."""
+    cards = any(trial.gpu_seconds for trial in finished)
+    costs = {trial.number: trial.gpu_seconds if cards else trial.seconds for trial in finished}
+    return _against(study, finished, costs, "GPU-seconds" if cards else "seconds", metric)
+
+
+def front(study: "SweepStudy", finished: "Sequence[TrialRecord]", other: str, metric: str) -> "go.Figure":
+    """The first metric, called ``metric``, against ``other``, another of the study's."""
+    values = {trial.number: trial.values[other] for trial in finished}
+    return _against(study, finished, values, other, metric, least=study.metrics[other] == "min")
+
+
+def _against(
+    study: "SweepStudy", finished: "Sequence[TrialRecord]", across: dict[int, float], title: str, metric: str,
+    least: bool = True,
+) -> "go.Figure":  # fmt: skip
+    """The first metric over ``across`` (``least`` of it is best), and the front of those that none beats in both."""
     import plotly.graph_objects as go
 
-    cards = any(trial.gpu_seconds for trial in finished)
-    first = next(iter(study.metrics))
+    first, sign = next(iter(study.metrics)), 1 if least else -1
+    best = 1 if study.metrics[first] == "min" else -1
     points = sorted(
-        (trial.gpu_seconds if cards else trial.seconds, trial.values[first], trial.number) for trial in finished
+        ((across[trial.number], trial.values[first], trial.number) for trial in finished),
+        key=lambda point: (sign * point[0], best * point[1]),
     )
-    front: list[tuple[float, float]] = []
-    for cost, value, _ in points:
-        if not front or study.better(value, front[-1][1]):
-            front.append((cost, value))
-    figure = go.Figure(layout={
-        "xaxis_title": "GPU-seconds" if cards else "seconds", "yaxis_title": metric, "height": 400
-    })  # fmt: skip
+    line: list[tuple[float, float]] = []
+    for place, value, _ in points:
+        if not line or study.better(value, line[-1][1]):
+            line.append((place, value))
+    figure = go.Figure(layout={"xaxis_title": title, "yaxis_title": metric, "height": 400})
     figure.add_scatter(
-        x=[cost for cost, _, _ in points], y=[value for _, value, _ in points], mode="markers+text", name="trial",
+        x=[place for place, _, _ in points], y=[value for _, value, _ in points], mode="markers+text", name="trial",
         text=[str(number) for _, _, number in points], textposition="top center", marker_color=FAINT,
     )  # fmt: skip
     figure.add_scatter(
-        x=[cost for cost, _ in front], y=[value for _, value in front], mode="lines+markers", name="front",
+        x=[place for place, _ in line], y=[value for _, value in line], mode="lines+markers", name="front",
         line_shape="hv", line_color=STRONG,
     )  # fmt: skip
     return figure

@@ -9,6 +9,7 @@ from typing import Any
 
 from tune import figures
 from tune.config import SweepConfig
+from tune.outcome import COSTS
 from tune.study import SweepStudy, TrialRecord
 from workbench.runs import Run
 
@@ -27,13 +28,15 @@ def write_report(config: SweepConfig, run: Run, study: SweepStudy, best: TrialRe
         word.capitalize(), figures.curves(trials, word), "By step; grey trials did not come to their end."
     )
     over = f"{word.capitalize()} over the space"
-    run.report.figure(over, figures.parallel_coordinates(trials, word), "One line a trial, by its last value.")
+    run.report.figure(
+        over, figures.parallel_coordinates(trials, word, config.minimises), "One line a trial, by its last value."
+    )
     finished = [trial for trial in trials if trial.state == "finished"]
     if (figure := figures.importances(study, finished)) is not None:
         run.report.figure(
             "What mattered", figure,
             "Share of the differences between finished trials that each key explains (fANOVA, Hutter et al. 2014): "
-            f"an estimate from {len(finished)} trials.",
+            f"an estimate from {len(finished)} trials.{_left_out(finished)}",
         )  # fmt: skip
     if (figure := figures.contour(study, finished, word)) is not None:
         run.report.figure(
@@ -49,6 +52,12 @@ def write_report(config: SweepConfig, run: Run, study: SweepStudy, best: TrialRe
         "Quality against cost", figures.pareto(study, finished, word),
         "Finished trials; on the line are those that none beats in both.",
     )  # fmt: skip
+    for other in list(config.metrics)[1:]:
+        if other not in COSTS:  # they are in the figure above
+            run.report.figure(
+                f"{word.capitalize()} against {WORDS.get(other, other)}", figures.front(study, finished, other, word),
+                "Finished trials; on the line are those that none beats in both.",
+            )  # fmt: skip
     run.report.table("Cost by host and card", _by_card(trials))
     check = StopCheck.of(study, trials)
     run.report.text("Was stopping early right?", check.text())
@@ -66,6 +75,13 @@ def write_report(config: SweepConfig, run: Run, study: SweepStudy, best: TrialRe
 def _on(config: SweepConfig) -> str:
     bases = config.space["base"].extremes if "base" in config.space else [getattr(config.config, "base", "")]
     return f"on {', '.join(map(str, bases))}" if any(bases) else "of a new model"
+
+
+def _left_out(finished: Sequence[TrialRecord]) -> str:
+    """The keys that fANOVA cannot weigh, as only some trials have them."""
+    keys = dict.fromkeys(key for trial in finished for key in trial.point)
+    some = [key for key in keys if any(key not in trial.point for trial in finished)]
+    return f" Left out, because only some trials have a value: {', '.join(some)}." if some else ""
 
 
 def _rows(trials: Sequence[TrialRecord], best: TrialRecord | None, word: str) -> list[dict[str, Any]]:
@@ -110,7 +126,11 @@ def _over_seeds(study: SweepStudy, trials: Sequence[TrialRecord]) -> list[dict[s
 
 def _rerun(config: SweepConfig, run: Run, best: TrialRecord, trials: Sequence[TrialRecord]) -> str:
     """The command, and for a trial of a population what it cannot repeat: the values that it had before."""
-    lines = [f"workbench {config.workload} {run.artifact('best', 'config.yaml')}", "", json.dumps(best.point)]
+    file = run.artifact("best") / "config.yaml"
+    kept = f"workbench {config.workload} {file}"
+    if f"trial {best.number}\n" not in (file.read_text() if file.is_file() else ""):
+        kept = f"trial {best.number}, so far: it is kept, with the command that trains it again, when the sweep ends"
+    lines = [kept, "", json.dumps(best.point)]
     if best.parent is not None:
         lines += ["", "It had these values from a copied checkpoint on; before it was, last first:"]
     while best.parent is not None:
@@ -146,22 +166,24 @@ def _by_card(trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class StopCheck:
-    """Of trials that a scheduler wanted to stop: how many it did, how many were spared and finished, and how many of
-    those then were better than every trial that it never wanted to stop."""
+    """Of trials that a scheduler wanted to stop: how many it did, how many were spared and came to an end, and how many
+    of those then were better than every trial that it never wanted to stop."""
 
     stopped: int
     spared: int
     won: int
+    """Of those that were spared: one that diverged or failed later has not won."""
 
     @classmethod
     def of(cls, study: SweepStudy, trials: Sequence[TrialRecord]) -> "StopCheck":
         """Counted over the study."""
-        spared = [trial for trial in trials if trial.spared_at and trial.state == "finished"]
+        spared = [trial for trial in trials if trial.spared_at and trial.state in ("finished", "diverged", "failed")]
         metric = next(iter(study.metrics))
         others = [
             t.values[metric] for t in trials if t.state == "finished" and not t.spared_at and t.repeats is None
         ]  # each by one seed, as the spared are
-        won = [t for t in spared if all(study.better(t.values[metric], other) for other in others)]
+        finished = [trial for trial in spared if trial.state == "finished"]
+        won = [t for t in finished if all(study.better(t.values[metric], other) for other in others)]
         return cls(sum(trial.state == "stopped early" for trial in trials), len(spared), len(won))
 
     def text(self) -> str:
@@ -172,7 +194,7 @@ class StopCheck:
 
         low, high = binomtest(self.won, self.spared).proportion_ci(0.95, method="exact")
         return (
-            f"{self.stopped} trials were stopped early. {self.spared} more would have been and ran to the end on "
-            f"purpose: {self.won} of them became the best. A stopped trial would have won in an estimated "
+            f"{self.stopped} trials were stopped early. {self.spared} more would have been and went on on purpose: "
+            f"{self.won} of them became the best. A stopped trial would have won in an estimated "
             f"{self.won / self.spared:.0%} of cases (95% interval {low:.0%} to {high:.0%})."
         )

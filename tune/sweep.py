@@ -181,7 +181,11 @@ def keep_best(config: SweepConfig, run: Run, best: "TrialRecord") -> None:
     """Make of the best trial's result what its command would have left, with the config that trains it again."""
     from tune.trial import RESULT
 
-    chosen, file = at_point(config.config, best.point), run.artifact("best", "config.yaml")
-    shutil.rmtree(file.parent)
-    config.of.keep(chosen, run.artifact("trials", str(best.number), RESULT), file.parent)
-    write_atomic(file, f"# workbench {config.workload} {file}\n{dump(chosen)}")
+    chosen, folder, partial = at_point(config.config, best.point), run.artifact("best"), run.artifact("best.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    config.of.keep(chosen, run.artifact("trials", str(best.number), RESULT), partial)
+    file = folder / "config.yaml"
+    write_atomic(partial / file.name, f"# workbench {config.workload} {file}\n# trial {best.number}\n{dump(chosen)}")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)

@@ -6,6 +6,7 @@ workbench tune resume tune-run/20261121T120000
 """
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -109,6 +110,7 @@ def extend(
     given = {key: value for key, value in asked.items() if value is not None}
     if not given and not add:
         raise UserError("say what it gets: --trials, --hours, --gpu-hours, --target or --add")
+    _check_more(config, study, given)
     if add:
         _add(config, study, add)
     if given:
@@ -167,6 +169,17 @@ def report(run: RunArgument) -> None:
     write_report(config, shown, study, best)
     shown.report.write(folder / "report.html")
     print(folder / "report.html")
+
+
+def _check_more(config: "SweepConfig", study: "SweepStudy", given: dict[str, float]) -> None:
+    """Raise UserError for what is no number, or less than the sweep has: trials that have run cannot be taken back."""
+    has = {**config.budget.model_dump(), **study.note("budget", {})}
+    for key, value in given.items():
+        option = f"--{key.replace('_', '-')}"
+        if not math.isfinite(value):
+            raise UserError(f"{option} {value}: give a number")
+        if key != "target" and has[key] is not None and value < has[key]:
+            raise UserError(f"{option} {value:g}: it has {has[key]:g} already; give more, or pause the sweep")
 
 
 def _add(config: "SweepConfig", study: "SweepStudy", text: str) -> None:

@@ -48,7 +48,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ([RATE, "function=points:make"], "space and function exclude each other"),
         (["function=nowhere:make", "searcher=random"], "give module:name"),
         ([RATE, "metrics={seconds: min}"], "give seconds after another"),
-        ([RATE, "budget={gpu_hours: 1}"], "spend no GPU-hours: give budget.trials or budget.hours"),
+        ([RATE, "budget={gpu_hours: 1}"], "spend no GPU-hours: give budget.trials, budget.hours or budget.target"),
     ],
 )
 def test_a_sweep_that_cannot_work_is_refused_before_it_starts(
@@ -79,8 +79,28 @@ def test_orders_that_a_sweep_cannot_follow(paused: Path, capsys: pytest.CaptureF
     assert "is finished, not running" in mistake(capsys, "pause", str(paused))
     assert "say what it gets" in mistake(capsys, "extend", str(paused))
     assert "is no point" in mistake(capsys, "extend", str(paused), "--add", "0.1")
+    assert "--trials 1: it has 2 already" in mistake(capsys, "extend", str(paused), "--trials", "1")
+    assert "--hours nan: give a number" in mistake(capsys, "extend", str(paused), "--hours", "nan")
+    assert "--target inf: give a number" in mistake(capsys, "extend", str(paused), "--target", "inf")
     said = mistake(capsys, "extend", str(paused), "--add", "{learning_rate: 0.9}")
     assert "learning_rate=0.9 is not among the values of the space" in said
+
+
+def test_a_report_names_no_file_that_is_not_there_yet(paused: Path) -> None:
+    for kept in (False, True):
+        if kept:
+            best = paused / "artifacts" / "best" / "config.yaml"
+            best.parent.mkdir(parents=True)
+            best.write_text("# workbench train sft\n# trial 0\n")
+        with pytest.raises(SystemExit) as ended:
+            main(["tune", "report", str(paused)])
+        assert ended.value.code == 0
+        page = (paused / "report.html").read_text()
+        assert ("best/config.yaml" in page, "trial 0, so far: it is kept" in page) == (kept, not kept)
+
+
+def test_a_target_alone_is_a_budget() -> None:
+    assert load(SweepConfig, None, [BASE, RATE, "budget={target: 0.5}"]).budget.trials is None
 
 
 def test_a_trial_that_is_to_come_is_stopped_while_the_sweep_does_not_run(paused: Path) -> None:

@@ -7,6 +7,7 @@ import optuna
 import pytest
 
 from tune.config import SweepConfig
+from tune.figures import front
 from tune.points import Proposer, source_of
 from tune.report import StopCheck
 from tune.space import identity
@@ -194,6 +195,23 @@ def test_a_spared_trial_has_won_only_where_it_beats_every_other_by_one_seed(tmp_
         study.end(again.number, "finished", values={"validation_loss": loss})
     check = StopCheck.of(study, study.trials())
     assert (check.spared, check.won) == (1, 0)
+    study.enqueue(points[0])
+    again = propose(sweep(), study)
+    assert again is not None
+    study.spare(again.number, 5)
+    study.end(again.number, "diverged")
+    check = StopCheck.of(study, study.trials())
+    assert (check.spared, check.won) == (2, 0)
+
+
+def test_the_front_of_two_metrics_has_those_that_none_beats(tmp_path: Path) -> None:
+    both = {"validation_loss": "min", "accuracy": "max"}
+    study = SweepStudy(tmp_path, both, create=True)
+    several(sweep(), study, 4)
+    for number, (loss, accuracy) in enumerate([(1.0, 0.5), (2.0, 0.9), (1.5, 0.4), (1.0, 0.3)]):
+        study.end(number, "finished", values={"validation_loss": loss, "accuracy": accuracy})
+    _, line = front(study, study.trials(), "accuracy", "held-out loss").data
+    assert list(zip(line.x, line.y, strict=True)) == [(0.9, 2.0), (0.5, 1.0)]
 
 
 def late(trial: optuna.Trial) -> dict[str, Any]:
