@@ -80,7 +80,6 @@ def test_orders_that_a_sweep_cannot_follow(paused: Path, capsys: pytest.CaptureF
     assert "say what it gets" in mistake(capsys, "extend", str(paused))
     assert "is no point" in mistake(capsys, "extend", str(paused), "--add", "0.1")
     assert "--trials 1: it has 2 already" in mistake(capsys, "extend", str(paused), "--trials", "1")
-    assert "--hours nan: give a number" in mistake(capsys, "extend", str(paused), "--hours", "nan")
     assert "--target inf: give a number" in mistake(capsys, "extend", str(paused), "--target", "inf")
     said = mistake(capsys, "extend", str(paused), "--add", "{learning_rate: 0.9}")
     assert "learning_rate=0.9 is not among the values of the space" in said
