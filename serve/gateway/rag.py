@@ -153,7 +153,7 @@ class WithSources:
     def _with_event(self, body: bytes) -> bytes:
         for line in body.split(b"\n"):
             if line.startswith(b'data: {"') and b'"content"' in line:
-                self._text += [text_of(choice) for choice in orjson.loads(line[6:]).get("choices") or []]
+                self._text += [text_of(choice) for choice in _choices(line[6:]) if choice.get("index", 0) == 0]
         if (done := DONE.search(body)) is None:
             return body
         place = done.start()
@@ -161,17 +161,27 @@ class WithSources:
         return body[:place] + b"data: " + orjson.dumps(event) + b"\n\n" + body[place:]
 
     def _with_fields(self, body: bytes) -> bytes:
-        told = orjson.loads(body)
-        more = self._more(text_of(told["choices"][0]))
-        for choice in told["choices"]:
+        if not (choices := _choices(body)):
+            return body  # no answer that sources could belong to
+        more = self._more(text_of(choices[0]))
+        for choice in choices:
             if isinstance(choice.get("message"), dict) and choice["message"].get("content"):
                 choice["message"]["content"] = only_real(choice["message"]["content"], len(self._hits))
-        return orjson.dumps(told | more)
+        return orjson.dumps({**orjson.loads(body), "choices": choices, **more})
 
     def _more(self, text: str) -> dict[str, Any]:
         real, wrong = cited(text, len(self._hits))
         self._told |= {"cited": real, "cited_wrongly": wrong, "answer_ms": _since(self._begun)}
         return {"sources": source_rows(self._hits), "rag": self._told}
+
+
+def _choices(data: bytes) -> list[dict[str, Any]]:
+    """The choices of an answer or of a chunk of one; none where it is something else."""
+    try:
+        choices = orjson.loads(data)["choices"]
+    except (ValueError, LookupError, TypeError):
+        return []
+    return [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
 
 
 async def whole(exchange: Exchange, send: Send, text: str, hits: list[Hit], told: dict[str, Any]) -> None:
@@ -198,14 +208,25 @@ async def whole(exchange: Exchange, send: Send, text: str, hits: list[Hit], told
 
 
 def last_question(body: dict[str, Any] | None) -> str:
-    """The text of the last message, which must be the user's. Raises ApiError 400."""
+    """The text of the last message, which must be the user's: a string, or parts that are all text.
+
+    Raises ApiError 400.
+    """
     messages = (body or {}).get("messages")
     last = messages[-1] if isinstance(messages, list) and messages else None
-    if not isinstance(last, dict) or last.get("role") != "user" or not isinstance(last.get("content"), str):
+    content = last.get("content") if isinstance(last, dict) and last.get("role") == "user" else None
+    if isinstance(content, list):
+        texts = [part["text"] for part in content if _is_text(part)]
+        content = "\n".join(texts) if texts and len(texts) == len(content) else None
+    if not isinstance(content, str):
         raise bad_request("The last message must be the user's question, as text.", "messages")
-    if not last["content"].strip():
+    if not content.strip():
         raise bad_request("The question is empty.", "messages")
-    return str(last["content"])
+    return content
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _options(options: Any, config: RagConfig) -> tuple[Mode, int]:

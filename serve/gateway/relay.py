@@ -126,14 +126,23 @@ def _listen(silence: asyncio.Timeout, line: Line) -> None:
 
 async def _pass_on(line: Line, exchange: Exchange, reply: Reply, silence: asyncio.Timeout, send: Send) -> None:
     if reply.status >= 500 or reply.status in NOT_THE_CLIENTS:
-        body = b"".join([part async for part in reply.body])
-        log.warning("%s: %s answered %d: %s", exchange.request_id, line.model, reply.status, body[:500])
+        why = _kind_of_error(b"".join([part async for part in reply.body]))
+        log.warning("%s: %s answered %d%s; its own log says why", exchange.request_id, line.model, reply.status, why)
         raise unavailable(line.model)
     kind = next((value for name, value in reply.headers if name.lower() == b"content-type"), b"")
     if kind.startswith(b"text/event-stream"):
         await _stream(line, exchange, reply, silence, send)
     else:
         await _whole(exchange, reply, send)
+
+
+def _kind_of_error(body: bytes) -> str:
+    """The type of an engine's error, where it tells one; its message may repeat the prompt, which no log shall hold."""
+    try:
+        kind = orjson.loads(body)["error"]["type"]
+    except (ValueError, LookupError, TypeError):
+        return ""
+    return f" ({kind[:80]})" if isinstance(kind, str) else ""
 
 
 async def _whole(exchange: Exchange, reply: Reply, send: Send) -> None:

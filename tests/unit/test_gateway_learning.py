@@ -218,7 +218,8 @@ def test_the_passages_fit_their_budget(budget: int, lengths: list[int]) -> None:
 
 @pytest.mark.parametrize(
     "messages", [None, [], "x", [{"role": "assistant", "content": "x"}], [{"role": "user", "content": " "}],
-                 [{"role": "user", "content": [{"type": "text", "text": "x"}]}], [5]],
+                 [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], [5],
+                 [{"role": "user", "content": []}], [{"role": "user", "content": [{"type": "text", "text": " "}]}]],
 )  # fmt: skip
 def test_without_a_question_there_is_nothing_to_search(messages: Any) -> None:
     from serve.gateway.errors import ApiError
@@ -226,6 +227,28 @@ def test_without_a_question_there_is_nothing_to_search(messages: Any) -> None:
     with pytest.raises(ApiError) as refused:
         last_question({"messages": messages})
     assert refused.value.status == 400
+
+
+def test_a_question_may_come_in_parts() -> None:
+    parts = [{"type": "text", "text": "What do"}, {"type": "text", "text": "cows give?"}]
+    assert last_question({"messages": [{"role": "user", "content": parts}]}) == "What do\ncows give?"
+
+
+@pytest.mark.parametrize("body", [b"not json", b"[1]", b"{}", b'{"choices":[]}', b'{"choices":null}'])
+def test_an_answer_without_choices_is_passed_on_as_it_is(body: bytes) -> None:
+    head = {"type": "http.response.start", "status": 200, "headers": []}
+    start, last = sent_with_sources([head, {"type": "http.response.body", "body": body, "more_body": False}])
+    assert (dict(start["headers"])[b"content-length"], last["body"]) == (str(len(body)).encode(), body)
+
+
+def test_of_several_answers_the_first_ones_citations_are_told() -> None:
+    head = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
+    part = b'data: {"choices":[{"index":%d,"delta":{"content":"%s"}}]}\n\n'
+    body = part % (1, b"Milk [2") + part % (0, b"Milk [1]") + part % (1, b"]") + b"data: [DONE]\n\n"
+    got = sent_with_sources([head, {"type": "http.response.body", "body": body}])
+    event = got[1]["body"].split(b"\n\n")[3]
+    told = json.loads(event.removeprefix(b"data: "))["rag"]
+    assert (told["cited"], told["cited_wrongly"]) == ([1], [])
 
 
 def sent_with_sources(messages: list[Any]) -> list[Any]:
