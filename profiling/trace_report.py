@@ -3,7 +3,7 @@
     workbench train sft configs/demo/sft.yaml trace="{first: 3, last: 5}"
     workbench profile trace run=runs/train-sft/latest
 
-Any folder of torch.profiler's traces will do, for example those of a vLLM engine. Each trace opens in
+Any folder of torch.profiler's traces will do; ``workbench serve trace`` makes those of an engine. Each trace opens in
 https://ui.perfetto.dev as it is.
 """
 
@@ -32,6 +32,11 @@ def run(config: TraceConfig, run: Run) -> Summary:
     run.input(
         "traces", config.run / "artifacts" / "trace" if (config.run / "artifacts" / "trace").is_dir() else config.run
     )
+    return add_traces(run, traces)
+
+
+def add_traces(run: Run, traces: list[RankTrace]) -> Summary:
+    """Fill the report of ``run`` with the traces of all ranks, and return what they come to."""
     rows = rank_rows(traces)
     slow = stragglers(rows)
     breaks = {reason: count for trace in traces for reason, count in trace.facts.get("graph_breaks", {}).items()}

@@ -14,6 +14,7 @@ from cluster.placement import KEEP_VISIBLE, Placement, place
 from serve.model_config import ModelConfig, Role, lora_arguments
 from workbench.errors import UserError
 from workbench.resources import ResourceRequest, plain_request
+from workbench.runs import runs_root
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -182,6 +183,12 @@ def llm_config(model: ModelConfig, place: EnginePlace, layers: Sequence[int] = (
             **((CPU_STAGES if model.stages > 1 else CPU_ENGINE) if device == "cpu" else {}),
             **({"runner": "pooling", "convert": "embed"} if model.role == "embedding" else {}),
             **lora_arguments(model.adapters),
+            "profiler_config": {
+                "profiler": "torch",
+                "torch_profiler_dir": str(traces_folder(model.name)),
+                "ignore_frontend": True,
+                "torch_profiler_with_stack": False,
+            },  # nothing is profiled before 'serve trace' asks for it
             **model.engine,
         },
         runtime_env={"env_vars": {**variables, **model.environment, **place.placement.env_vars}, **hook},
@@ -196,6 +203,11 @@ def llm_config(model: ModelConfig, place: EnginePlace, layers: Sequence[int] = (
         server_cls=f"serve.vllm_server.{_server(model, place)}",
         **skip_download,
     )
+
+
+def traces_folder(model: str) -> Path:
+    """Where the workers of a model's engines write what torch.profiler saw; their hosts share it."""
+    return runs_root() / ".engine-traces" / hashlib.sha256(model.encode()).hexdigest()[:16]
 
 
 def _replicas(model: ModelConfig) -> dict[str, Any]:

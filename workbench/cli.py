@@ -117,6 +117,9 @@ GROUPS: dict[str, tuple[str, dict[str, Command]]] = {
             "loadtest": Command(
                 "serve.loadtest", "Measure throughput, time to first token and latency.", ray=False, once=MEASURED
             ),
+            "trace": Command(
+                "serve.trace", "Trace some seconds of a serving engine.", positional="model", ray=False, once=MEASURED
+            ),
             "compare": Command("serve.compare", "Set two load tests beside each other.", positional="runs", ray=False),
         },
     ),

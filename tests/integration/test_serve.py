@@ -1,8 +1,10 @@
 """One tiny model served by vLLM on the CPU under Ray Serve, used through the unchanged OpenAI client."""
 
 import contextlib
+import gzip
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +16,11 @@ import pyarrow as pa
 import pytest
 from models import make_tiny_llama, make_tool_caller, random_adapter
 
-from serve import ask, availability, down, loadtest, logs, status, up
+from profiling.trace_events import read_traces
+from profiling.trace_summary import by_kind
+from serve import ask, availability, down, loadtest, logs, status, trace, up
 from serve.endpoint import context_length, count_tokens
+from serve.engine import traces_folder
 from serve.keys import default_key_file, read_key
 from workbench.config import load
 from workbench.errors import Failure, UserError
@@ -483,6 +488,31 @@ def assert_nothing_is_left(endpoint: str) -> None:
         time.sleep(0.5)
     assert serving_processes() == []
     assert not listens(endpoint)
+
+
+def test_a_window_of_the_engine_is_traced_while_it_serves(client: openai.OpenAI) -> None:
+    ended = threading.Event()
+
+    def ask() -> None:
+        while not ended.is_set():
+            client.completions.create(model="tiny", prompt="a b c", max_tokens=32)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        made = opened("trace", load(trace.TraceConfig, None, ["model=tiny", "seconds=1"]))
+        summary = trace.run(load(trace.TraceConfig, None, ["model=tiny", "seconds=1"]), made)
+    finally:
+        ended.set()
+        asking.join()
+    assert summary["ranks"] == 1
+    [worker] = read_traces(made.folder)
+    assert {"matrix", "attention"} <= {row["kind"] for row in by_kind(worker)}
+    [file] = (made.folder / "artifacts" / "trace").iterdir()
+    assert b"traceEvents" in gzip.decompress(file.read_bytes())
+    assert not list(traces_folder("tiny").rglob("*.pt.trace.json*"))
+    with pytest.raises(UserError, match="model 'tinny' is not served; tiny is"):
+        trace.run(load(trace.TraceConfig, None, ["model=tinny"]), made)
 
 
 def test_logs_show_what_the_engine_wrote(endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
