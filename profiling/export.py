@@ -59,8 +59,17 @@ def scrapes(config: ExportConfig) -> dict[str, Any]:
     return {
         "global": {"scrape_interval": every, "evaluation_interval": every},
         "rule_files": ["alerts.yml"],
-        "scrape_configs": [{"job_name": "ray", "file_sd_configs": [{"files": [config.discovery]}]}],
+        "scrape_configs": [ray_targets(config.discovery)],
     }
+
+
+def ray_targets(discovery: str) -> dict[str, Any]:
+    """A scrape config of all that Ray lists in its file of targets.
+
+    The file is a link, so Prometheus is not told of its changes and has to look: by itself it would every five minutes,
+    and not see a host that joined until then.
+    """
+    return {"job_name": "ray", "file_sd_configs": [{"files": [discovery], "refresh_interval": "10s"}]}
 
 
 def alerts(config: ExportConfig) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import Field
 
+from profiling.export import ray_targets
 from serve.keys import default_key_file
 from workbench.config import Config, OutputPath
 from workbench.errors import UserError
@@ -106,7 +107,7 @@ def scrapes(config: ObserveConfig) -> dict[str, Any]:
                 "authorization": {"credentials_file": str(config.api_key_file or default_key_file())},
                 "static_configs": [{"targets": [host]}],
             },
-            {"job_name": "ray", "file_sd_configs": [{"files": [config.ray_discovery]}]},
+            ray_targets(config.ray_discovery),
         ],
     }
 
