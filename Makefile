@@ -26,7 +26,7 @@ demo: .venv/installed
 
 test: lint
 	$(RUN) pytest tests/unit --numprocesses 2 --dist loadfile $(ARGS) || [ $$? = 5 ]  # 5: ARGS leave none of them
-	$(RUN) pytest tests/integration tests/lab --numprocesses 2 --dist loadfile $(ARGS)
+	$(RUN) pytest tests/integration tests/lab --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lab: .venv/installed-dev
 	@cd tests && LACK="$$(../.venv/bin/python -c 'from lab.lab import missing; print(missing())')"; \

@@ -21,6 +21,18 @@ for _folder in ("WORKBENCH_STATE", "WORKBENCH_MARKS"):
     atexit.register(shutil.rmtree, os.environ[_folder], ignore_errors=True)
 
 
+LONGEST = (
+    "test_serve", "test_train", "test_data", "test_jobs", "test_milvus_server", "test_train_kill", "test_embed_kill",
+    "test_up_ssh", "test_sweep", "test_cards", "test_serve_interrupt", "test_gateway",
+)  # fmt: skip
+"""Files that take minutes: they begin first, or one process would wait for the other at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, the others in their order."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(autouse=True)
 def _no_cluster_named_by_the_test_before() -> Iterator[None]:
     """A client of a head names it to Ray's State API for the rest of the process."""
