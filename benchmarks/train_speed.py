@@ -145,7 +145,10 @@ def main(
     made = make(folder, Sizes(layers, hidden, intermediate, vocabulary, heads), rows, max_length)
     every = Specification("", str(folder), warm + 1, warm, batch, max_length, False, method, recompute, compiled, False)
     kept = folder / "results.json"
-    results: dict[str, Any] = read_json(kept) if resume and kept.exists() else {}
+    of = {"model": asdict(Sizes(layers, hidden, intermediate, vocabulary, heads)), "rows": rows, "run": asdict(every)}
+    results: dict[str, Any] = read_json(kept) if resume and kept.exists() else {"of": of}
+    if results.get("of") != of:
+        raise typer.BadParameter(f"{kept} is of other sizes: give those, or another --folder", param_hint="--resume")
     timed, counted = (results.setdefault(name, {"plain": {}, "packed": {}}) for name in ("timed", "counted"))
     unsloth = ["unsloth"] if torch.cuda.is_available() and importlib.util.find_spec("unsloth") else []
     asked = {kind: (*sides, *unsloth) for kind, sides in SIDES.items() if only in ("both", kind)}

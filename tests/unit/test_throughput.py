@@ -66,6 +66,15 @@ def test_packed_weights_count_as_the_weights_that_they_hold(tmp_path: Path) -> N
     assert weight_flops(packed) == weight_flops(whole)
 
 
+def test_a_partitioned_stack_counts_by_its_whole_shape() -> None:
+    model = llama()
+    before = weight_flops(model)
+    stack = torch.nn.Parameter(torch.empty(0))
+    stack.ds_shape = torch.Size([4, 8, 8])  # type: ignore[attr-defined]
+    model.register_parameter("stack", stack)
+    assert weight_flops(model) == before + 6 * 4 * 8 * 8
+
+
 @pytest.mark.parametrize("kind", ["none", "nf4"])
 def test_only_the_experts_that_a_token_visits_count(tmp_path: Path, kind: Any) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM

@@ -71,9 +71,14 @@ def best_of(folder: Path) -> Path | None:
 
 
 def read_failures(folder: Path) -> list[dict[str, Any]]:
-    """The step and cause of each checkpoint that could not be written to ``folder``."""
+    """The step and cause of each checkpoint that could not be written to ``folder``; of those whose line a full disk
+    has cut off, nothing."""
     file = folder / FAILURES
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    failures = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        with suppress(ValueError):
+            failures.append(json.loads(line))
+    return failures
 
 
 class Checkpoints:

@@ -64,8 +64,9 @@ def weight_flops(model: nn.Module) -> float:
         elif isinstance(module, Conv1D):  # GPT-2's linear layer
             matrices.append((name, module.nx * module.nf, module.weight.requires_grad))
     for name, stack in model.named_parameters():
-        if stack.dim() == 3:
-            matrices.append((name, stack.numel(), stack.requires_grad))
+        shape = getattr(stack, "ds_shape", stack.shape)  # under ZeRO-3 a parameter itself is empty
+        if len(shape) == 3:
+            matrices.append((name, math.prod(shape), stack.requires_grad))
     return sum(
         (visited if ".experts" in name else 1.0) * size * (6 if trained else 4) for name, size, trained in matrices
     )

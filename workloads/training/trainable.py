@@ -126,7 +126,9 @@ def _targets(model: Any, stacks: dict[str, Any], adapter: AdapterConfig) -> list
             continue
         known = sorted({_short(path) for path in (*linear, *stacks)})
         if any(is_named(path, name) for path in modules):
-            raise UserError(f"adapter.targets: '{name}' is no layer that PEFT adapts: give some of {', '.join(known)}")
+            raise UserError(
+                f"adapter.targets: '{name}' is no linear layer below the head: give some of {', '.join(known)}"
+            )
         near = difflib.get_close_matches(name, [*known, *linear, *stacks], 3, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(known)}"
         raise UserError(f"adapter.targets: the base has no layer '{name}'; {hint}")
