@@ -41,12 +41,15 @@ SILENT_SECONDS = 60.0
 def _sweep(reference: str) -> "tuple[Path, SweepConfig, SweepStudy]":
     """The folder, config and study of a sweep. Raises UserError for a run that is none."""
     from tune.config import SweepConfig
-    from tune.study import SweepStudy
+    from tune.study import FILE, SweepStudy
 
     folder = resolve_run(reference)
     if (read_record(folder / "status.json") or {}).get("command") != "tune run":
         raise UserError(f"{run_id(folder)} is no sweep; 'workbench runs list' names those of tune-run")
     config = load(SweepConfig, folder / "config.yaml", visit_paths=False)
+    if not (folder / FILE).is_file():
+        began = "has not begun its first trial yet" if state_of(folder) == "running" else "ended before its first trial"
+        raise UserError(f"{run_id(folder)} {began}; to begin anew: workbench tune run {folder / 'config.yaml'}")
     return folder, config, SweepStudy(folder, config.metrics)
 
 

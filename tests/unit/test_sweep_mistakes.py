@@ -85,6 +85,16 @@ def test_orders_that_a_sweep_cannot_follow(paused: Path, capsys: pytest.CaptureF
     assert "learning_rate=0.9 is not among the values of the space" in said
 
 
+def test_a_sweep_that_ended_before_its_first_trial_is_begun_anew(
+    runs_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load(SweepConfig, None, [BASE, RATE])
+    with open_run("tune", "run", config, name="early") as run:
+        finish(run, {})
+    said = mistake(capsys, "resume", str(run.folder))
+    assert f"ended before its first trial; to begin anew: workbench tune run {run.folder / 'config.yaml'}" in said
+
+
 def test_a_report_names_no_file_that_is_not_there_yet(paused: Path) -> None:
     for kept in (False, True):
         if kept:

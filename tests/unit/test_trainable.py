@@ -118,6 +118,7 @@ def test_adapted_experts_are_saved_and_merged(tmp_path: Path) -> None:
     [
         ("llama", {"targets": ["q_prj"]}, "no layer 'q_prj'; did you mean q_proj"),
         ("llama", {"targets": ["self_attn"]}, "'self_attn' is no linear layer below the head: give some of down_proj"),
+        ("llama", {"targets": ["lm_head"]}, "'lm_head' is no linear layer below the head"),
         ("llama", {"targets": "zzz"}, "no layer 'zzz'; it has down_proj, gate_proj"),
         ("mixtral", {"targets": ["w1"]}, "no layer 'w1'; it has experts.down_proj"),
         ("mixtral", {"targets": EXPERTS, "dropout": 0.1}, "give adapter.dropout=0"),
