@@ -106,7 +106,8 @@ def alerts(config: ExportConfig) -> dict[str, Any]:
         rule(
             "CardIdleWhileHeld",
             f"{one(f'avg_over_time({busy}[{config.idle_minutes}m])')} < {config.idle_percent:g} and {on} "
-            f"{one(f'min_over_time({HELD_METRIC}[{config.idle_minutes}m])')} > 0",
+            f"{one(f'min_over_time({HELD_METRIC}[{config.idle_minutes}m])')} > 0 and {on} "
+            f"{one(f'{HELD_METRIC} offset {config.idle_minutes}m')} > 0",  # a younger series has no such average yet
             1, "warning", f"{card} idles while a job holds it.",
         ),
         rule(
