@@ -1,7 +1,8 @@
 # make demo   installs into .venv and runs the main job end to end
 # make test   installs what the tests need and runs lint, types and tests
 # make lab    runs the tests on several hosts in namespaces, 20 to 30 minutes on two cores; needs root and Debian packages
-# make soak   kills embedding, training and a Milvus server at random, ROUNDS=10 times each, from KILL_SEED if that is given
+# make soak   kills embedding, training and a Milvus server at random, ROUNDS=10 times each, from KILL_SEED if that is given,
+#             and runs what takes minutes
 # make bench-data  audits real text of ROWS=500000 documents: memory, what was found, and the time beside other tools
 # make bench-tune  runs a sweep beside its trials one after the other: whole times and set-up of a trial, ARGS="--rounds 3"
 # make bench-serve measures what the gateway costs, beside Ray Serve LLM and vLLM's own server, ARGS="--rounds 3"
@@ -33,12 +34,11 @@ lab: .venv/installed-dev
 	    [ -z "$$LACK" ] || { echo "$$LACK"; exit 1; }
 	$(RUN) pytest tests/lab -m "lab or not lab" $(ARGS)
 
-SOAK = milvus_server embed_kill train_kill train_elastic train_strategies streaming scaling sweep_soak sweep_hosts \
-    sweep_workloads sweep_dashboard_ssh serve_engines serve_kill
+KILLS = milvus_server embed_kill train_kill
 
 soak: .venv/installed-dev
-	KILL_ROUNDS=$(or $(ROUNDS),10) $(RUN) pytest $(SOAK:%=tests/integration/test_%.py) tests/unit/test_loss_equality.py \
-	    -m "soak or not soak" $(ARGS)
+	KILL_ROUNDS=$(or $(ROUNDS),10) $(RUN) pytest $(KILLS:%=tests/integration/test_%.py) $(ARGS)
+	KILL_ROUNDS=$(or $(ROUNDS),10) $(RUN) pytest tests/integration tests/unit -m soak $(ARGS)
 
 bench-data: ROWS ?= 500000
 bench-data: .venv/installed

@@ -23,7 +23,7 @@ for _folder in ("WORKBENCH_STATE", "WORKBENCH_MARKS"):
 
 LONGEST = (
     "test_serve", "test_train", "test_data", "test_jobs", "test_milvus_server", "test_train_kill", "test_embed_kill",
-    "test_up_ssh", "test_sweep", "test_cards", "test_serve_interrupt", "test_gateway",
+    "test_up_ssh", "test_sweep", "test_cards", "test_gateway",
 )  # fmt: skip
 """Files that take minutes: they begin first, or one process would wait for the other at the end."""
 

@@ -5,6 +5,7 @@ the models of the fallback chain. After it an error can only be told inside the 
 """
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -21,6 +22,9 @@ from serve.gateway.sse import Events, error_event, text_of
 
 Send = Callable[[Any], Awaitable[None]]
 NOT_THE_CLIENTS = {401, 403, 407, 408, 429}
+MOST_OF_AN_ERROR = 4096
+SHORT_TEXT = 8
+"""A shorter text of a request, such as a role or a number, may stand in an error by chance."""
 """Statuses by which an engine speaks of the gateway's own key or of its load, not of what the client asked."""
 log = logging.getLogger("workbench.gateway")
 
@@ -126,8 +130,10 @@ def _listen(silence: asyncio.Timeout, line: Line) -> None:
 
 async def _pass_on(line: Line, exchange: Exchange, reply: Reply, silence: asyncio.Timeout, send: Send) -> None:
     if reply.status >= 500 or reply.status in NOT_THE_CLIENTS:
-        why = _kind_of_error(b"".join([part async for part in reply.body]))
-        log.warning("%s: %s answered %d%s; its own log says why", exchange.request_id, line.model, reply.status, why)
+        body = b"".join([part async for part in reply.body])
+        asked = {key: value for key, value in (exchange.body or {}).items() if key != "model"}
+        why = without_texts(body[:MOST_OF_AN_ERROR].decode(errors="replace"), asked)
+        log.warning("%s: %s answered %d: %s", exchange.request_id, line.model, reply.status, why[:500])
         raise unavailable(line.model)
     kind = next((value for name, value in reply.headers if name.lower() == b"content-type"), b"")
     if kind.startswith(b"text/event-stream"):
@@ -136,13 +142,15 @@ async def _pass_on(line: Line, exchange: Exchange, reply: Reply, silence: asynci
         await _whole(exchange, reply, send)
 
 
-def _kind_of_error(body: bytes) -> str:
-    """The type of an engine's error, where it tells one; its message may repeat the prompt, which no log shall hold."""
-    try:
-        kind = orjson.loads(body)["error"]["type"]
-    except (ValueError, LookupError, TypeError):
-        return ""
-    return f" ({kind[:80]})" if isinstance(kind, str) else ""
+def without_texts(words: str, asked: Any) -> str:
+    """What an engine says of a failure, less the texts of the request, which no log shall hold."""
+    if isinstance(asked, str):
+        for text in {asked, json.dumps(asked)[1:-1]}:
+            words = words.replace(text, "[text]") if len(text) >= SHORT_TEXT else words
+        return words
+    for value in asked.values() if isinstance(asked, dict) else asked if isinstance(asked, list) else ():
+        words = without_texts(words, value)
+    return words
 
 
 async def _whole(exchange: Exchange, reply: Reply, send: Send) -> None:

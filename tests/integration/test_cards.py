@@ -118,6 +118,7 @@ def test_the_card_asked_for_is_the_card_seen_while_plain_tasks_compete(three_hos
         assert not overlaps([one for one in others + fives if one["host"] == host])
 
 
+@pytest.mark.soak
 def test_a_train_group_and_serve_replicas_get_their_cards_while_tasks_compete(three_hosts: None, tmp_path: Any) -> None:
     from ray import serve
 

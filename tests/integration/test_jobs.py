@@ -173,6 +173,7 @@ def test_a_secret_reaches_the_job_and_its_workers_and_nothing_that_can_be_read(
     assert not [file for file in logs_of(head) if secret in file.read_text(errors="replace")]
 
 
+@pytest.mark.soak
 def test_the_replica_of_a_served_model_has_its_jobs_secrets(head: ClusterAddress, tmp_path: Path, secret: str) -> None:
     """Ray Serve LLM has a worker hook of its own, which must not take ours away."""
     pytest.importorskip("vllm")

@@ -137,6 +137,7 @@ def check_collection(server: MilvusServer, collection: str, source: Source) -> N
         assert [row["text"] for row in rows if source.mark(name) not in row["text"]] == [], name
 
 
+@pytest.mark.soak
 def test_embed_search_change_delete(server: MilvusServer, tmp_path: Path) -> None:
     """A run embeds what is new or changed and deletes what is gone; search finds the texts as they are."""
     source = Source(tmp_path / "documents.parquet", count=40)

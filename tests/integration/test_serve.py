@@ -542,6 +542,7 @@ def test_down_leaves_nothing(endpoint: str) -> None:
     assert_nothing_is_left(endpoint)
 
 
+@pytest.mark.soak
 def test_a_model_that_cannot_load_fails_with_the_engines_own_words(endpoint: str, tmp_path: Path) -> None:
     model = make_tiny_llama(tmp_path / "broken")
     weights = model / "model.safetensors"

@@ -14,7 +14,10 @@ from models import make_tiny_llama
 
 from serve import availability
 
-pytestmark = pytest.mark.skipif(availability.available() is not None, reason=str(availability.available()))
+pytestmark = [
+    pytest.mark.soak,
+    pytest.mark.skipif(availability.available() is not None, reason=str(availability.available())),
+]
 
 
 def tree(pid: int) -> list[psutil.Process]:

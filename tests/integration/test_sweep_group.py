@@ -9,7 +9,7 @@ import pytest
 from kills import found, wait_until
 from sweeps import ACTORS, folder_of, nothing_is_left, sweep, sweep_root, trials_of
 
-pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.timeout(900), pytest.mark.soak]
 
 PAIRS = ["config.workers=2", "config.strategy=fsdp2", "config.steps=20", "scheduler.grace_steps=5"]
 

@@ -217,6 +217,7 @@ def test_bf16_shards_train_with_an_adapter_in_fp32(base: Path) -> None:
     assert summary["validation_loss"] < 10
 
 
+@pytest.mark.soak
 def test_a_sweep_ends_with_its_best_trial_and_leaves_nothing_behind(base: Path, root: Path) -> None:
     import ray
     from ray.util.state import list_actors

@@ -44,6 +44,8 @@ def missing() -> str:
         return "the lab needs Linux"
     if os.geteuid() != 0:
         return "the lab needs root"
+    if " " in f"{ROOT}":
+        return f"the lab's hosts share this checkout, and Ray needs a path without spaces: {ROOT}"
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     lacking = sorted({package for tool, package in TOOLS.items() if shutil.which(tool, path=path) is None})
     if lacking:

@@ -20,6 +20,7 @@ from serve.gateway.api_keys import ApiKey
 from serve.gateway.exchange import Exchange
 from serve.gateway.rag import WithSources, last_question
 from serve.gateway.record import Recorder
+from serve.gateway.relay import without_texts
 from serve.gateway.settings import RecordConfig
 from serve.intervals import difference, estimate
 from serve.observe import ObserveConfig
@@ -227,6 +228,13 @@ def test_without_a_question_there_is_nothing_to_search(messages: Any) -> None:
     with pytest.raises(ApiError) as refused:
         last_question({"messages": messages})
     assert refused.value.status == 400
+
+
+def test_an_engines_words_are_kept_and_the_clients_are_not() -> None:
+    asked = {"messages": [{"role": "user", "content": 'my secret\n"plan"'}], "stop": ["never"], "n": 2}
+    raw = json.dumps({"error": {"message": 'CUDA error at: my secret\n"plan"', "type": "user"}})
+    assert without_texts(raw, asked) == '{"error": {"message": "CUDA error at: [text]", "type": "user"}}'
+    assert without_texts('my secret\n"plan" is too long', asked) == "[text] is too long"
 
 
 def test_a_question_may_come_in_parts() -> None:
