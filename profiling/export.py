@@ -8,15 +8,13 @@ A 'profile record' shows its samples on the metrics port of each host's Ray agen
 Ray's head keeps the list of its agents in a file. ``alerts.yml`` has the rules, ``dashboard.json`` is for Grafana.
 """
 
-import json
 from typing import Any
 
-import yaml
 from pydantic import Field
 
 from profiling.exporter import HELD, PREFIX, metric_name
+from profiling.monitoring import Panel, dashboard, ray_targets, write_files
 from workbench.config import Config, OutputPath
-from workbench.files import write_atomic
 from workbench.runs import Run, Summary
 
 HELD_METRIC = f"ray_{PREFIX}{HELD}"
@@ -39,37 +37,9 @@ class ExportConfig(Config):
 
 
 def run(config: ExportConfig, run: Run) -> Summary:
-    """Write the three files."""
-    folder = config.folder or run.artifact("export")
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = {
-        "prometheus.yml": yaml.safe_dump(scrapes(config), sort_keys=False),
-        "alerts.yml": yaml.safe_dump(alerts(config), sort_keys=False, width=110),
-        "dashboard.json": json.dumps(dashboard(), indent=1),
-    }
-    for name, text in texts.items():
-        write_atomic(folder / name, text)
-    run.say(f"prometheus --config.file={folder / 'prometheus.yml'}; import {folder / 'dashboard.json'} into Grafana")
-    return {"folder": str(folder), "panels": len(panels()), "alerts": len(alerts(config)["groups"][0]["rules"])}
-
-
-def scrapes(config: ExportConfig) -> dict[str, Any]:
-    """Prometheus' configuration: Ray's agents, and these rules."""
-    every = f"{config.interval}s"
-    return {
-        "global": {"scrape_interval": every, "evaluation_interval": every},
-        "rule_files": ["alerts.yml"],
-        "scrape_configs": [ray_targets(config.discovery)],
-    }
-
-
-def ray_targets(discovery: str) -> dict[str, Any]:
-    """A scrape config of all that Ray lists in its file of targets.
-
-    The file is a link, so Prometheus is not told of its changes and has to look: by itself it would every five minutes,
-    and not see a host that joined until then.
-    """
-    return {"job_name": "ray", "file_sd_configs": [{"files": [discovery], "refresh_interval": "10s"}]}
+    """Write the three files. Raises UserError where the folder cannot be made."""
+    folder, board = config.folder or run.artifact("export"), dashboard("hosts", panels())
+    return write_files(folder, run, [ray_targets(config.discovery)], config.interval, alerts(config), board)
 
 
 def alerts(config: ExportConfig) -> dict[str, Any]:
@@ -125,8 +95,8 @@ def alerts(config: ExportConfig) -> dict[str, Any]:
     return {"groups": [{"name": "workbench-hosts", "rules": rules}]}
 
 
-def panels() -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Title, unit, and the queries with their legends."""
+def panels() -> list[Panel]:
+    """What the dashboard shows."""
 
     def gauge(metric: str, legend: str = "{{host}} card {{device}}", scale: str = "") -> tuple[str, str]:
         return metric_name(metric) + scale, legend
@@ -158,25 +128,3 @@ def panels() -> list[tuple[str, str, list[tuple[str, str]]]]:
             [rate("network.received_bytes", "{{host}} received"), rate("network.sent_bytes", "{{host}} sent")],
         ),
     ]  # fmt: skip
-
-
-def dashboard() -> dict[str, Any]:
-    """A Grafana dashboard: two panels a row, over the data source that the user picks."""
-    source = {"type": "prometheus", "uid": "${source}"}
-    drawn = [
-        {
-            "id": number + 1, "type": "timeseries", "title": title, "datasource": source,
-            "gridPos": {"x": 12 * (number % 2), "y": 8 * (number // 2), "w": 12, "h": 8},
-            "fieldConfig": {"defaults": {"unit": unit, "min": 0}, "overrides": []},
-            "targets": [
-                {"refId": chr(65 + place), "expr": expr, "legendFormat": legend, "datasource": source}
-                for place, (expr, legend) in enumerate(queries)
-            ],
-        }
-        for number, (title, unit, queries) in enumerate(panels())
-    ]  # fmt: skip
-    return {
-        "title": "workbench hosts", "uid": "workbench-hosts", "schemaVersion": 39, "refresh": "30s",
-        "time": {"from": "now-1h", "to": "now"}, "tags": ["workbench"], "panels": drawn,
-        "templating": {"list": [{"name": "source", "type": "datasource", "query": "prometheus"}]},
-    }  # fmt: skip

@@ -7,20 +7,16 @@
 agents, which have vLLM's metrics; ``alerts.yml`` has the rules, ``dashboard.json`` is imported into Grafana.
 """
 
-import json
 from typing import Any
 
-import yaml
 from pydantic import Field
 
-from profiling.export import ray_targets
+from profiling.monitoring import Panel, dashboard, ray_targets, write_files
 from serve.keys import default_key_file
 from workbench.config import Config, OutputPath
-from workbench.errors import UserError
-from workbench.files import write_atomic
 from workbench.runs import Run, Summary
 
-PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
+PANELS: list[Panel] = [
     ("Requests a second, by model and outcome", "reqps",
      [("sum by (model, outcome) (rate(workbench_requests_total[1m]))", "{{model}} {{outcome}}")]),
     ("Share of requests that failed", "percentunit",
@@ -75,41 +71,23 @@ class ObserveConfig(Config):
 
 
 def run(config: ObserveConfig, run: Run) -> Summary:
-    """Write the three files."""
-    folder = config.folder or run.artifact("observe")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"folder: {folder}: {error.strerror}") from None
-    texts = {
-        "prometheus.yml": yaml.safe_dump(scrapes(config), sort_keys=False),
-        "alerts.yml": yaml.safe_dump(alerts(config), sort_keys=False, width=110),
-        "dashboard.json": json.dumps(dashboard(), indent=1),
-    }
-    for name, text in texts.items():
-        write_atomic(folder / name, text)
-    run.say(f"prometheus --config.file={folder / 'prometheus.yml'}; import {folder / 'dashboard.json'} into Grafana")
-    return {"folder": str(folder), "panels": len(PANELS), "alerts": len(alerts(config)["groups"][0]["rules"])}
+    """Write the three files. Raises UserError where the folder cannot be made."""
+    folder, board = config.folder or run.artifact("observe"), dashboard("serving", PANELS)
+    return write_files(folder, run, scrapes(config), config.interval, alerts(config), board)
 
 
-def scrapes(config: ObserveConfig) -> dict[str, Any]:
-    """Prometheus' configuration: the gateway and Ray's agents."""
+def scrapes(config: ObserveConfig) -> list[dict[str, Any]]:
+    """What Prometheus asks: the gateway and Ray's agents."""
     scheme, _, rest = config.url.partition("://")
     host, _, prefix = rest.partition("/")
-    return {
-        "global": {"scrape_interval": f"{config.interval}s", "evaluation_interval": f"{config.interval}s"},
-        "rule_files": ["alerts.yml"],
-        "scrape_configs": [
-            {
-                "job_name": "gateway",
-                "scheme": scheme,
-                "metrics_path": "/".join(["", *filter(None, [prefix.strip("/")]), "metrics"]),
-                "authorization": {"credentials_file": str(config.api_key_file or default_key_file())},
-                "static_configs": [{"targets": [host]}],
-            },
-            ray_targets(config.ray_discovery),
-        ],
+    gateway = {
+        "job_name": "gateway",
+        "scheme": scheme,
+        "metrics_path": "/".join(["", *filter(None, [prefix.strip("/")]), "metrics"]),
+        "authorization": {"credentials_file": str(config.api_key_file or default_key_file())},
+        "static_configs": [{"targets": [host]}],
     }
+    return [gateway, ray_targets(config.ray_discovery)]
 
 
 def alerts(config: ObserveConfig) -> dict[str, Any]:
@@ -135,25 +113,3 @@ def alerts(config: ObserveConfig) -> dict[str, Any]:
              "{{ $labels.model }}: the queue is full and requests are refused."),
     ]  # fmt: skip
     return {"groups": [{"name": "workbench", "rules": rules}]}
-
-
-def dashboard() -> dict[str, Any]:
-    """A Grafana dashboard: two panels a row, over the data source that the user picks."""
-    source = {"type": "prometheus", "uid": "${source}"}
-    panels = [
-        {
-            "id": number + 1, "type": "timeseries", "title": title, "datasource": source,
-            "gridPos": {"x": 12 * (number % 2), "y": 8 * (number // 2), "w": 12, "h": 8},
-            "fieldConfig": {"defaults": {"unit": unit, "min": 0}, "overrides": []},
-            "targets": [
-                {"refId": chr(65 + i), "expr": expr, "legendFormat": legend, "datasource": source}
-                for i, (expr, legend) in enumerate(queries)
-            ],
-        }
-        for number, (title, unit, queries) in enumerate(PANELS)
-    ]  # fmt: skip
-    return {
-        "title": "workbench serving", "uid": "workbench-serving", "schemaVersion": 39, "refresh": "30s",
-        "time": {"from": "now-1h", "to": "now"}, "tags": ["workbench"], "panels": panels,
-        "templating": {"list": [{"name": "source", "type": "datasource", "query": "prometheus"}]},
-    }  # fmt: skip
