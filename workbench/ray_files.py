@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PREFIX = "wb-"  # short: Ray's socket paths must stay under 107 characters
@@ -25,8 +25,20 @@ def ray_folder() -> Iterator[Path]:
     try:
         yield folder
     finally:
+        _end_processes_of(folder)
         _remove(folder)
         os.close(lock)
+
+
+def _end_processes_of(folder: Path) -> None:
+    """Kill our descendants that were told of ``folder``: a Ray whose start was interrupted ends its own only as this
+    process exits, and until then they would write to it again."""
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if any(str(folder) in argument for argument in child.cmdline()):
+                child.kill()
 
 
 def _remove(folder: Path) -> None:
