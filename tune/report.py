@@ -10,7 +10,9 @@ from typing import Any
 from tune import figures
 from tune.config import SweepConfig
 from tune.outcome import COSTS
+from tune.space import at_point
 from tune.study import SweepStudy, TrialRecord
+from workbench.config import dump
 from workbench.runs import Run
 
 WORDS = {"validation_loss": "held-out loss"}
@@ -128,7 +130,7 @@ def _rerun(config: SweepConfig, run: Run, best: TrialRecord, trials: Sequence[Tr
     """The command, and for a trial of a population what it cannot repeat: the values that it had before."""
     file = run.artifact("best") / "config.yaml"
     kept = f"workbench {config.workload} {file}"
-    if f"trial {best.number}\n" not in (file.read_text() if file.is_file() else ""):
+    if dump(at_point(config.config, best.point)) not in (file.read_text() if file.is_file() else ""):
         kept = f"trial {best.number}, so far: it is kept, with the command that trains it again, when the sweep ends"
     lines = [kept, "", json.dumps(best.point)]
     if best.parent is not None:

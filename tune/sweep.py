@@ -186,6 +186,6 @@ def keep_best(config: SweepConfig, run: Run, best: "TrialRecord") -> None:
     partial.mkdir()
     config.of.keep(chosen, run.artifact("trials", str(best.number), RESULT), partial)
     file = folder / "config.yaml"
-    write_atomic(partial / file.name, f"# workbench {config.workload} {file}\n# trial {best.number}\n{dump(chosen)}")
+    write_atomic(partial / file.name, f"# workbench {config.workload} {file}\n{dump(chosen)}")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

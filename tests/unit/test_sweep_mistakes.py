@@ -13,7 +13,7 @@ from tune.space import at_point
 from tune.study import SweepStudy
 from tune.sweep import resume
 from workbench.cli import main
-from workbench.config import load
+from workbench.config import dump, load
 from workbench.errors import UserError
 from workbench.runs import finish, open_run, reopen_run
 
@@ -100,7 +100,8 @@ def test_a_report_names_no_file_that_is_not_there_yet(paused: Path) -> None:
         if kept:
             best = paused / "artifacts" / "best" / "config.yaml"
             best.parent.mkdir(parents=True)
-            best.write_text("# workbench train sft\n# trial 0\n")
+            config = load(SweepConfig, None, [BASE, RATE])
+            best.write_text("# workbench train sft\n" + dump(at_point(config.config, {"learning_rate": 0.1})))
         with pytest.raises(SystemExit) as ended:
             main(["tune", "report", str(paused)])
         assert ended.value.code == 0
