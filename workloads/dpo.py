@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from workbench.config import InputPath
 from workbench.runs import Run, Summary
 from workloads.progress_report import add_progress, storage_table, usual_speed
 from workloads.sft import TuningConfig, coverage, write_merged
-from workloads.sources import check_model
+from workloads.sources import FileOrSet, check_model
 from workloads.training.config import PreferenceKind
 
 if TYPE_CHECKING:
@@ -23,13 +22,13 @@ if TYPE_CHECKING:
     from workloads.prepared import Prepared
     from workloads.training.trainable import Coverage
 
-Files = Annotated[list[InputPath], BeforeValidator(lambda value: value if isinstance(value, list) else [value])]
+Files = Annotated[list[FileOrSet], BeforeValidator(lambda value: value if isinstance(value, list) else [value])]
 
 
 class DpoConfig(TuningConfig):
     """Config of ``train dpo``."""
 
-    data: Files = Field(min_length=1, description="files of prompt, chosen and rejected: JSONL, JSON, Parquet")
+    data: Files = Field(min_length=1, description="files or hf: sets of prompt, chosen and rejected")
     method: Literal["lora", "full"] = Field("lora", description="lora: the base, its adapter off, is the reference")
     loss: PreferenceKind = Field("sigmoid", description="sigmoid: DPO's; ipo: to a difference of 1 / (2 beta)")
     beta: float = Field(0.1, gt=0, description="pull towards the reference: the less, the further answers move")

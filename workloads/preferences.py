@@ -5,7 +5,7 @@
     {"chosen": [{"role": "user", ...}, {"role": "assistant", ...}], "rejected": [...]}
 
 A prompt in text is one question of a user. In the third form chosen and rejected are whole conversations that differ
-in the last answer alone. Files are JSON Lines, JSON arrays and Parquet, as those of ``conversations.py``.
+in the last answer alone. Files are JSON Lines, JSON arrays, Parquet and ``hf:`` sets, as those of ``conversations.py``.
 """
 
 import json

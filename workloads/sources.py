@@ -65,6 +65,8 @@ _A_PATH: TypeAdapter[Path] = TypeAdapter(InputPath)
 
 
 def _file_or_set(value: Any, info: ValidationInfo) -> Path:
+    if value in (HUB, {HUB[:-1]: None}):  # the second is what YAML makes of it
+        raise ValueError(f"name a data set after {HUB}, as in {HUB}NAME or {HUB}NAME:SPLIT")
     return Path(value) if str(value).startswith(HUB) else _A_PATH.validate_python(value, context=info.context)
 
 

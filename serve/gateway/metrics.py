@@ -47,7 +47,7 @@ class Metrics:
         self._energy = counter("energy_wh", "Energy of requests, in watt hours", *WHO)
         self._retries = counter("retries", "Further attempts at the same model", "model")
         self._fallbacks = counter("fallbacks", "Answers of another model than the one asked for", "model", "served")
-        self._first = histogram("time_to_first_token", "From arrival to the first text of a stream", FIRST)
+        self._first = histogram("time_to_first_token", "From arrival to the first token of a stream", FIRST)
         self._token = histogram("inter_token", "Time a token after the first, mean of a stream", TOKEN)
         self._whole = histogram("request", "From arrival to the end of the answer", WHOLE)
         self._queue = histogram("queue", "Waiting for a place at the engine", FIRST)

@@ -22,10 +22,10 @@ from serve.gateway.sse import Events, error_event, text_of
 
 Send = Callable[[Any], Awaitable[None]]
 NOT_THE_CLIENTS = {401, 403, 407, 408, 429}
+"""Statuses by which an engine speaks of the gateway's own key or of its load, not of what the client asked."""
 MOST_OF_AN_ERROR = 4096
 SHORT_TEXT = 8
 """A shorter text of a request, such as a role or a number, may stand in an error by chance."""
-"""Statuses by which an engine speaks of the gateway's own key or of its load, not of what the client asked."""
 log = logging.getLogger("workbench.gateway")
 
 
@@ -174,7 +174,7 @@ async def _whole(exchange: Exchange, reply: Reply, send: Send) -> None:
 
 
 async def _stream(line: Line, exchange: Exchange, reply: Reply, silence: asyncio.Timeout, send: Send) -> None:
-    """A stream: nothing is sent before its first text, everything at once after it."""
+    """A stream: nothing is sent before its first token, everything at once after it."""
     events = Events(hide_usage=not exchange.asked_for_usage)
     if exchange.answer is not None:
         events.text = []

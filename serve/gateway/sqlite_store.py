@@ -1,14 +1,19 @@
 """Keys, their use and the counters of their limits in one SQLite file, shared by the processes of one host.
 
 Write-ahead logging lets readers go on while another process writes (https://sqlite.org/wal.html, which also says why
-all of them must be on one host). A statement takes tens of microseconds, so it is made on the event loop.
+all of them must be on one host). A statement takes tens of microseconds, so it is made on the event loop, which goes on
+while another process holds the lock: SQLite's own waiting would stop every request of this process.
 """
 
+import asyncio
 import contextlib
+import functools
 import os
 import sqlite3
 import time
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
 
 import orjson
 from limits.aio.storage import SlidingWindowCounterSupport, Storage
@@ -24,6 +29,27 @@ create table if not exists usage (id text, month text, requests int, prompt_toke
 create table if not exists counters (name text primary key, value int, expires real) without rowid;
 """
 BUSY_SECONDS = 5.0
+"""A writer waits so long for another process that writes."""
+BUSY_PAUSE = 0.005
+Given = ParamSpec("Given")
+Answer = TypeVar("Answer")
+
+
+def patient(write: Callable[Given, Coroutine[Any, Any, Answer]]) -> Callable[Given, Coroutine[Any, Any, Answer]]:
+    """``write``, tried again for ``BUSY_SECONDS`` while another process writes; then sqlite3.OperationalError."""
+
+    @functools.wraps(write)
+    async def tried(*args: Given.args, **kwargs: Given.kwargs) -> Answer:
+        ends = time.monotonic() + BUSY_SECONDS
+        while True:
+            try:
+                return await write(*args, **kwargs)
+            except sqlite3.OperationalError as error:
+                if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > ends:
+                    raise
+            await asyncio.sleep(BUSY_PAUSE)
+
+    return tried
 
 
 def connect(uri: str) -> sqlite3.Connection:
@@ -41,6 +67,7 @@ def connect(uri: str) -> sqlite3.Connection:
         database.execute("pragma journal_mode=wal")
         database.execute("pragma synchronous=normal")
         database.executescript(TABLES)
+        database.execute("pragma busy_timeout=0")  # from here on `patient` waits
     except (OSError, sqlite3.Error) as error:
         raise UserError(f"the gateway's store {path} cannot be opened: {error}") from None
     return database
@@ -58,6 +85,7 @@ class SqliteStore:
         row = self._database.execute("select record from keys where digest = ?", (key_digest,)).fetchone()
         return ApiKey(**orjson.loads(row[0])) if row else None
 
+    @patient
     async def add(self, key: ApiKey) -> None:
         """Keep a key."""
         self._database.execute(
@@ -65,6 +93,7 @@ class SqliteStore:
             (key.digest, key.id, key.created, orjson.dumps(key.row()).decode()),
         )
 
+    @patient
     async def revoke(self, key_id: str) -> bool:
         """Forget a key."""
         return self._database.execute("delete from keys where id = ?", (key_id,)).rowcount > 0
@@ -74,6 +103,7 @@ class SqliteStore:
         rows = self._database.execute("select record from keys order by created").fetchall()
         return [ApiKey(**orjson.loads(record)) for (record,) in rows]
 
+    @patient
     async def charge(self, key_id: str, month: str, used: Usage) -> None:
         """Add to what a key has used."""
         self._database.execute(
@@ -118,6 +148,7 @@ class SqliteCounters(Storage, SlidingWindowCounterSupport, TimestampedSlidingWin
         """What the storage may raise."""
         return sqlite3.Error
 
+    @patient
     async def incr(self, key: str, expiry: float, amount: int = 1) -> int:
         """Add to a counter, which starts anew when it has expired; its value."""
         now = time.time()
@@ -145,14 +176,17 @@ class SqliteCounters(Storage, SlidingWindowCounterSupport, TimestampedSlidingWin
         self._database.execute("select 1").fetchone()
         return True
 
+    @patient
     async def reset(self) -> int:
         """Forget all counters; how many there were."""
         return self._database.execute("delete from counters").rowcount
 
+    @patient
     async def clear(self, key: str) -> None:
         """Forget one counter."""
         self._database.execute("delete from counters where name = ?", (key,))
 
+    @patient
     async def acquire_sliding_window_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
         """Count ``amount`` unless this window and the weighted one before it would pass ``limit``."""
         self._database.execute("begin immediate")  # no other process may count between the look and the count
@@ -178,6 +212,7 @@ class SqliteCounters(Storage, SlidingWindowCounterSupport, TimestampedSlidingWin
         for name in self.sliding_window_keys(key, expiry, time.time()):
             await self.clear(name)
 
+    @patient
     async def sweep(self) -> None:
         """Delete counters that have expired."""
         self._database.execute("delete from counters where expires <= ?", (time.time(),))

@@ -11,6 +11,10 @@ import orjson
 END = re.compile(rb"\r?\n\r?\n")
 TEXT = re.compile(rb'"(?:content|text|reasoning|reasoning_content|arguments)":\s?"([^"])')
 """A chunk that brings text: a non-empty string under one of the fields that hold it."""
+CHOICE = re.compile(rb'"choices":\s?\[\s?\{')
+NO_TOKEN = re.compile(rb'"role":\s?"|"finish_reason":\s?"')
+"""A choice that tells of no token: its opening or its end. Any other is a token, also without text: an engine sends so
+a token that is the first half of a character."""
 
 
 class Events:
@@ -30,13 +34,13 @@ class Events:
         """Set to a list to keep the text of the first choice."""
 
     def feed(self, data: bytes) -> tuple[bytes, int]:
-        """The bytes to pass on now, and how many events of them bring text. An event is passed on whole."""
+        """The bytes to pass on now, and how many events of them bring a token. An event is passed on whole."""
         self._rest += data
         out, new = [], 0
         while (end := END.search(self._rest)) is not None:
             event, self._rest = self._rest[: end.end()], self._rest[end.end() :]
-            keep, brings_text = self._note(event)
-            new += brings_text
+            keep, brings_token = self._note(event)
+            new += brings_token
             if keep:
                 out.append(event)
         self.chunks += new
@@ -50,9 +54,10 @@ class Events:
             self.done = True
             return True, False
         brings_text = TEXT.search(data) is not None
+        brings_token = brings_text or (CHOICE.search(data) is not None and NO_TOKEN.search(data) is None)
         if b'"usage"' in data or b'"error"' in data or (self.text is not None and brings_text):
-            return self._read(data), brings_text
-        return True, brings_text
+            return self._read(data), brings_token
+        return True, brings_token
 
     def _read(self, data: bytes) -> bool:
         try:

@@ -10,12 +10,10 @@ from typing import Any, TypeVar, get_args
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from limits import RateLimitItemPerMinute
-from limits.aio.strategies import FixedWindowRateLimiter, SlidingWindowCounterRateLimiter
 
 from serve.gateway.access_log import open_log
 from serve.gateway.admission import Admission
-from serve.gateway.api_keys import ApiKey, Usage, new_key, open_store
+from serve.gateway.api_keys import ApiKey
 from serve.gateway.app import Gateway
 from serve.gateway.breaker import Breaker
 from serve.gateway.checks import check_settings
@@ -26,7 +24,6 @@ from serve.gateway.metrics import SHARED_FOLDER, Metrics
 from serve.gateway.own_key import own_key
 from serve.gateway.routes import variant
 from serve.gateway.settings import GatewayConfig, ModelPolicy, Personal, RecordConfig
-from serve.gateway.sqlite_store import SqliteCounters
 from serve.gateway.sse import Events
 from workbench.config import load
 from workbench.errors import UserError
@@ -38,101 +35,9 @@ def uri(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'gateway.db'}"
 
 
-# Keys
-
-
-def test_a_key_is_found_by_its_digest_until_it_is_revoked(tmp_path: Path) -> None:
-    async def work() -> None:
-        store, other = open_store(uri(tmp_path)), open_store(uri(tmp_path))  # two replicas
-        key, secret = new_key("alice", models=["tuned"], requests_per_minute=5)
-        await store.add(key)
-        assert await other.find(key.digest) == key
-        assert secret not in (tmp_path / "gateway.db").read_bytes().decode("latin-1")
-        assert await store.revoke(key.id)
-        assert await other.find(key.digest) is None
-        assert not await store.revoke(key.id)
-
-    asyncio.run(work())
-
-
-def test_the_use_of_a_key_adds_up_over_replicas_and_restarts(tmp_path: Path) -> None:
-    async def work() -> None:
-        for _ in range(3):
-            store = open_store(uri(tmp_path))
-            await store.charge("k", "2026-11", Usage(1, 10, 5, 0.25))
-            await store.close()
-        assert await open_store(uri(tmp_path)).usage("k", "2026-11") == Usage(3, 30, 15, 0.75)
-        assert await open_store(uri(tmp_path)).usage("k", "2026-12") == Usage()
-
-    asyncio.run(work())
-
-
-def test_a_store_is_readable_by_its_owner_alone(tmp_path: Path) -> None:
-    open_store(uri(tmp_path))
-    assert stat.S_IMODE((tmp_path / "gateway.db").stat().st_mode) == 0o600
-    (tmp_path / "gateway.db").chmod(0o644)
-    with pytest.raises(UserError, match="chmod 600"):
-        open_store(uri(tmp_path))
-
-
-def test_a_store_that_is_no_database_or_no_store_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "gateway.db").write_bytes(b"x" * 5000)
-    (tmp_path / "gateway.db").chmod(0o600)
-    with pytest.raises(UserError, match="cannot be opened"):
-        open_store(uri(tmp_path))
-    with pytest.raises(UserError, match="neither sqlite"):
-        open_store("mysql://user:secret@host/db")
-
-
 @pytest.mark.parametrize(("models", "allowed"), [([], True), (["a"], True), (["b"], False)])
 def test_a_key_may_use_what_its_list_names_and_all_without_one(models: list[str], allowed: bool) -> None:
     assert ApiKey("i", "d", "o", models=models).allows("a") is allowed
-
-
-# Counters
-
-
-def test_the_counters_let_in_as_many_as_the_limit_and_are_shared(tmp_path: Path) -> None:
-    async def work() -> list[bool]:
-        limiters = [SlidingWindowCounterRateLimiter(SqliteCounters(f"async+{uri(tmp_path)}")) for _ in range(2)]
-        return [await limiters[i % 2].hit(RateLimitItemPerMinute(5), "requests", "k") for i in range(8)]
-
-    assert asyncio.run(work()) == [True] * 5 + [False] * 3
-
-
-def test_half_of_the_last_window_counts_half_way_through_this_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = 1_800_000_000.0  # the beginning of a minute
-    monkeypatch.setattr("time.time", lambda: now)
-    item = RateLimitItemPerMinute(10)
-
-    async def work() -> int:
-        nonlocal now
-        limiter = SlidingWindowCounterRateLimiter(SqliteCounters(f"async+{uri(tmp_path)}"))
-        assert all([await limiter.hit(item, "k") for _ in range(10)])
-        now += 90.0
-        return sum([await limiter.hit(item, "k") for _ in range(10)])
-
-    assert asyncio.run(work()) == 5
-
-
-def test_a_charge_past_the_limit_counts_until_the_window_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1_800_000_000.0
-    monkeypatch.setattr("time.time", lambda: now)
-    item = RateLimitItemPerMinute(100)
-
-    async def work() -> None:
-        nonlocal now
-        limiter = FixedWindowRateLimiter(SqliteCounters(f"async+{uri(tmp_path)}"))
-        assert await limiter.test(item, "k")
-        await limiter.hit(item, "k", cost=250)
-        assert (await limiter.get_window_stats(item, "k")).remaining == 0
-        assert (await limiter.get_window_stats(item, "k")).reset_time == now + 60
-        now += 61
-        assert (await limiter.get_window_stats(item, "k")).remaining == 100
-
-    asyncio.run(work())
 
 
 # Places
@@ -275,6 +180,21 @@ def test_the_usage_that_comes_with_a_choice_stays() -> None:
 )
 def test_tool_calls_and_reasoning_are_first_tokens_too(delta: str) -> None:
     assert Events(False).feed(f'data: {{"choices":[{{"delta":{delta}}}]}}\n\n'.encode())[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("choice", "token"),
+    [
+        ('{"index":0,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}', False),
+        ('{"index":0,"delta":{"content":""},"logprobs":null,"finish_reason":null}', True),
+        ('{"index": 0, "text": "", "finish_reason": null}', True),
+        ('{"index":0,"delta":{},"finish_reason":"stop"}', False),
+        ('{"index":0,"delta":{"role":"assistant","content":"x"}}', True),
+    ],
+    ids=["opening", "half a character", "half a character of a completion", "end", "a role in every chunk"],
+)
+def test_a_token_without_text_is_a_first_token_and_an_opening_is_none(choice: str, token: bool) -> None:
+    assert Events(False).feed(f'data: {{"choices":[{choice}]}}\n\n'.encode())[1] == token
 
 
 # Requests

@@ -74,6 +74,17 @@ def test_parquet_is_read_too(tmp_path: Path) -> None:
     assert [row.source for row in preferences([tmp_path / "p.parquet"])] == ["a", "a"]
 
 
+def test_a_data_set_by_name_is_read_too(base: Path, tmp_path: Path) -> None:
+    import datasets
+
+    saved = tmp_path / "saved"
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(saved)
+    config = load(DpoConfig, None, [f"base={base}", f"data=hf:{saved}"])
+    assert [row.source for row in preferences(config.data)][:2] == ["saved:1", "saved:2"]
+    with pytest.raises(UserError, match="name a data set after hf:"):
+        load(DpoConfig, None, [f"base={base}", "data=hf:"])
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
