@@ -37,7 +37,7 @@ lab: .venv/installed-dev
 KILLS = milvus_server embed_kill train_kill
 
 soak: .venv/installed-dev
-	KILL_ROUNDS=$(or $(ROUNDS),10) $(RUN) pytest $(KILLS:%=tests/integration/test_%.py) $(ARGS)
+	KILL_ROUNDS=$(or $(ROUNDS),10) $(RUN) pytest $(KILLS:%=tests/integration/test_%.py) tests/unit/test_loss_equality.py $(ARGS)
 	KILL_ROUNDS=$(or $(ROUNDS),10) $(RUN) pytest tests/integration tests/unit -m soak $(ARGS)
 
 bench-data: ROWS ?= 500000

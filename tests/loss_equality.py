@@ -9,6 +9,7 @@ import argparse
 import importlib
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ WAYS = {
     "qlora, recomputed": ["gradient_checkpointing=true"],
     "lora, packed": ["quantization=none", "packing=true"],
     "qlora, packed": ["packing=true"],
+    "full, compiled": ["method=full", "quantization=none", "compile=true"],
+    "lora, compiled": ["quantization=none", "compile=true"],
+    "qlora, recomputed, compiled": ["gradient_checkpointing=true", "compile=true"],
     "full, distilled": ["method=full", "quantization=none", "distill.teacher={teacher}", "distill.temperature=3"],
 }
 """Overrides of ``train sft``, in float32."""
@@ -45,12 +49,13 @@ WORLDS = (1, 2, 4)
 
 def ways_of(world: int) -> list[str]:
     """The ways that ``world`` processes train; but in a soak only few of those that take long on two cores: four
-    processes, and other strategies."""
-    plain = [way for way in WAYS if world < 4 or ROUNDS > 1 or way == "qlora, recomputed"]
+    processes, compiled code, and other strategies."""
+    ways = [way for way in WAYS if not way.endswith("compiled") or (ROUNDS > 1 and shutil.which("g++"))]
+    plain = [way for way in ways if world < 4 or ROUNDS > 1 or way == "qlora, recomputed"]
     if world != 2:
         return plain
     short = {"qlora, recomputed": STRATEGIES, "full": ("zero3",)}
-    others = dict.fromkeys(WAYS, STRATEGIES) if ROUNDS > 1 else short
+    others = {way: STRATEGIES for way in ways if not way.endswith("compiled")} if ROUNDS > 1 else short
     return plain + [f"{way} by {strategy}" for way in others for strategy in others[way]]
 
 

@@ -38,6 +38,11 @@ def test_recomputing_activations_changes_no_loss(losses: Losses, way: str) -> No
     assert losses[1][f"{way}, recomputed"] == pytest.approx(losses[1][way], abs=1e-5)
 
 
+@pytest.mark.parametrize("way", [way for way in ways_of(1) if way.endswith("compiled")])
+def test_compiling_changes_no_loss(losses: Losses, way: str) -> None:
+    assert losses[1][way] == pytest.approx(losses[1][way.removesuffix(", compiled")], abs=1e-5)
+
+
 @pytest.mark.parametrize("way", ["full", "lora", "qlora"])
 def test_the_losses_are_those_that_were_recorded(losses: Losses, way: str) -> None:
     """A change that is meant to alter them records them anew: ``python tests/loss_equality.py --record``."""
