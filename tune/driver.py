@@ -223,6 +223,7 @@ class Driver:
                       for donor in self._inner.best(step)]  # fmt: skip
             donor, kept = next((pair for pair in donors if pair[1] is not None), (0, None))
             if kept is None:
+                self._run.say(f"trial {number} is behind at step {step} and goes on: none ahead has a checkpoint yet")
                 return
             self._agenda.replace(number, donor, kept)
             reason += f": one like trial {donor} goes on from its step {kept}"

@@ -54,9 +54,9 @@ class Range(Config):
         return list(self.choice or self.uniform or self.loguniform or self.int or ())
 
     @property
-    def every(self) -> list[Any] | None:
+    def every(self) -> Sequence[Any] | None:
         """All values, where they can be counted."""
-        return list(range(self.int[0], self.int[1] + 1)) if self.int else self.choice
+        return range(self.int[0], self.int[1] + 1) if self.int else self.choice
 
     def has(self, value: Any) -> bool:
         """Whether ``value`` is one of them."""

@@ -17,7 +17,6 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import product
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
@@ -166,11 +165,21 @@ class Space:
                 raise UserError(f"space.{key}: a grid needs values that can be counted: give choice or int")
             columns.append(values.every)
         seen = set()
-        for row in product(*columns):
+        for row in _rows(columns):
             point = self._keep(dict(zip(self.ranges, row, strict=True)))
             if (name := identity(point)) not in seen and not self.why_not(point):
                 seen.add(name)
                 yield point
+
+
+def _rows(columns: Sequence[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
+    """``itertools.product``, which keeps every value of a wide range in memory."""
+    if not columns:
+        yield ()
+        return
+    for value in columns[0]:
+        for rest in _rows(columns[1:]):
+            yield (value, *rest)
 
 
 def at_point(config: C, point: Point) -> C:

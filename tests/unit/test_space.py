@@ -1,6 +1,7 @@
 """A search space is checked against the workload's config before anything runs."""
 
 import random
+from itertools import islice
 from pathlib import Path
 
 import optuna
@@ -80,6 +81,13 @@ def test_a_grid_has_every_allowed_point_once() -> None:
     assert list(made.grid()) == [{"adapter.rank": 1}, {"adapter.rank": 2, "max_length": 64}]
     with pytest.raises(UserError, match="a grid needs values that can be counted"):
         list(space(learning_rate=Range(uniform=(0.1, 1))).grid())
+
+
+def test_a_grid_over_a_wide_range_begins_at_once() -> None:
+    made = space(seed=Range(int=(0, 10**15)), max_length=Range(choice=[64, 128]))
+    assert list(islice(made.grid(), 3)) == [
+        {"seed": 0, "max_length": 64}, {"seed": 0, "max_length": 128}, {"seed": 1, "max_length": 64},
+    ]  # fmt: skip
 
 
 def test_optuna_stores_and_gives_back_what_was_drawn() -> None:
