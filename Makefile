@@ -34,10 +34,12 @@ lab: .venv/installed-dev
 	    [ -z "$$LACK" ] || { echo "$$LACK"; exit 1; }
 	$(RUN) pytest tests/lab -m "lab or not lab" $(ARGS)
 
-KILLS = milvus_server embed_kill train_kill
+# What does more where KILL_ROUNDS says so: kills, requests made from the schema, ways to train alike.
+REPEATED = $(patsubst %,tests/integration/test_%.py,milvus_server embed_kill train_kill gateway) \
+    tests/unit/test_loss_equality.py
 
 soak: .venv/installed-dev
-	KILL_ROUNDS=$(or $(ROUNDS),10) $(RUN) pytest $(KILLS:%=tests/integration/test_%.py) tests/unit/test_loss_equality.py $(ARGS)
+	KILL_ROUNDS=$(or $(ROUNDS),10) $(RUN) pytest $(REPEATED) $(ARGS)
 	KILL_ROUNDS=$(or $(ROUNDS),10) $(RUN) pytest tests/integration tests/unit -m soak $(ARGS)
 
 bench-data: ROWS ?= 500000

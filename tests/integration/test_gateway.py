@@ -18,6 +18,7 @@ import httpx
 import openai
 import pytest
 from gateways import Server, bad_engine, free_port, gateway
+from kills import ROUNDS
 from typer.testing import CliRunner
 
 from serve.gateway.api_keys import Usage, key_of, month, open_store
@@ -583,7 +584,9 @@ def test_no_request_that_fits_the_schema_or_not_makes_a_500(house: House) -> Non
     headers = {"Authorization": "Bearer wb-operator"}
     schema = schemathesis.openapi.from_url(f"{house.server.url}/openapi.json", headers=headers)
     tried: Counter[str] = Counter()
-    quiet = hypothesis_settings(max_examples=8, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    quiet = hypothesis_settings(
+        max_examples=8 * ROUNDS, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
     for found in schema.get_all_operations():
         operation = found.ok()
         for mode in (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE):
