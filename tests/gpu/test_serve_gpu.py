@@ -1,6 +1,7 @@
 """The same deployment on an NVIDIA card: GPU bundles, compiled engine, half a card for each of two models."""
 
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
@@ -16,10 +17,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def test_a_model_on_half_a_card_answers(ray_session: None, runs_root: Path, tmp_path: Path) -> None:
+def test_a_model_on_half_a_card_answers_and_is_traced(ray_session: None, runs_root: Path, tmp_path: Path) -> None:
     from models import make_tiny_llama
 
-    from serve import down, up
+    from profiling.trace_events import read_traces
+    from profiling.trace_summary import by_kind
+    from serve import down, trace, up
     from serve.keys import default_key_file, read_key
     from workbench.config import load
     from workbench.runs import open_run
@@ -32,9 +35,14 @@ def test_a_model_on_half_a_card_answers(ray_session: None, runs_root: Path, tmp_
         url = up.run(config, run)["url"]
         try:
             with openai.OpenAI(base_url=url, api_key=read_key(default_key_file())) as client:
-                answer = client.completions.create(
-                    model="tiny", prompt="def", max_tokens=8, extra_body={"ignore_eos": True}
-                )
+                asked = {"model": "tiny", "prompt": "def", "extra_body": {"ignore_eos": True}}
+                answer = client.completions.create(max_tokens=8, **asked)
+                with ThreadPoolExecutor(1) as pool, open_run("serve", "trace", config) as traced:
+                    busy = pool.submit(lambda: [client.completions.create(max_tokens=200, **asked) for _ in range(20)])
+                    trace.run(load(trace.TraceConfig, None, ["model=tiny", "seconds=2"]), traced)
+                    busy.result()
             assert answer.usage is not None and answer.usage.completion_tokens == 8
+            [worker] = read_traces(traced.folder)
+            assert "matrix" in {row["kind"] for row in by_kind(worker)}
         finally:
             down.run(down.DownConfig(), run)
