@@ -7,6 +7,7 @@ Any folder of torch.profiler's traces will do; ``workbench serve trace`` makes t
 https://ui.perfetto.dev as it is.
 """
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -39,7 +40,9 @@ def add_traces(run: Run, traces: list[RankTrace]) -> Summary:
     """Fill the report of ``run`` with the traces of all ranks, and return what they come to."""
     rows = rank_rows(traces)
     slow = stragglers(rows)
-    breaks = {reason: count for trace in traces for reason, count in trace.facts.get("graph_breaks", {}).items()}
+    breaks = Counter[str]()
+    for trace in traces:
+        breaks |= Counter(trace.facts.get("graph_breaks", {}))  # of the rank that had most: all compile the same
     run.report.table("Ranks, in milliseconds a step", rows, note="Exposed communication is what no compute hides.")
     run.report.text("Stragglers", "\n".join(slow) or "No rank computes longer than the others.")
     run.report.figure("Where a step goes", _bars(rows))

@@ -5,6 +5,7 @@ for row in rank_rows(read_traces(folder)):
 """
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,17 @@ def window(trace: RankTrace) -> Interval:
 
 
 def _within(trace: RankTrace) -> list[Piece]:
+    """What ran in the window, and of what reaches over its ends the part inside."""
     start, end = window(trace)
-    return [piece for piece in trace.work if piece.end > start and piece.start < end]
+    found = []
+    for piece in trace.work:
+        inside = min(piece.end, end) - max(piece.start, start)
+        if 0 < inside < piece.seconds:
+            share = inside / piece.seconds
+            found.append(replace(piece, start=max(piece.start, start), seconds=inside, own=piece.own * share))
+        elif inside > 0:
+            found.append(piece)
+    return found
 
 
 def _split(trace: RankTrace) -> tuple[list[Interval], list[Interval]]:
@@ -123,8 +133,8 @@ def peak_memory(trace: RankTrace, device: str, most: int = 15) -> tuple[float, l
     total = events[peak_at][3]
     known: Counter[str] = Counter()
     counts: Counter[str] = Counter()
-    for size, when in alive.values():
-        maker = _operator_at(trace.host, when)
+    made = sorted(alive.values(), key=lambda one: one[1])
+    for (size, _), maker in zip(made, _operators_at(trace.host, [when for _, when in made]), strict=True):
         known[maker] += size
         counts[maker] += 1
     rows = [
@@ -136,11 +146,16 @@ def peak_memory(trace: RankTrace, device: str, most: int = 15) -> tuple[float, l
     return total / MIB, sorted(rows, key=lambda row: -float(row["mib"] or 0))
 
 
-def _operator_at(host: list[Piece], when: float) -> str:
-    """The outermost operator that ran then, and the innermost: what was asked for, and what allocated."""
-    running = [piece for piece in host if piece.start <= when <= piece.end]
-    if not running:
-        return "no operator"
-    outer = max(running, key=lambda piece: piece.seconds).name
-    inner = min(running, key=lambda piece: piece.seconds).name
-    return outer if outer == inner else f"{outer} > {inner}"
+def _operators_at(host: list[Piece], times: list[float]) -> list[str]:
+    """The outermost operator that ran at each of ``times``, which rise, and the innermost: what was asked for, and what
+    allocated."""
+    coming = sorted(host, key=lambda piece: piece.start, reverse=True)
+    running: list[Piece] = []
+    found = []
+    for when in times:
+        while coming and coming[-1].start <= when:
+            running.append(coming.pop())
+        running = [piece for piece in running if piece.end >= when]
+        names = [choose(running, key=lambda piece: piece.seconds).name for choose in (max, min) if running]
+        found.append(" > ".join(dict.fromkeys(names)) or "no operator")
+    return found

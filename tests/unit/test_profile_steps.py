@@ -10,10 +10,13 @@ import torch
 
 from profiling.flame import icicle, own_time, read_stacks
 from profiling.step_profiler import TraceSteps, profile_steps
-from profiling.trace_events import gaps, kind_of, overlap, read_traces, union
+from profiling.trace_events import Piece, gaps, kind_of, overlap, read_traces, union
+from profiling.trace_report import TraceConfig
+from profiling.trace_report import run as summarise_traces
 from profiling.trace_summary import by_kind, peak_memory, rank_rows, stragglers, why_idle
 from workbench.config import load
 from workbench.errors import UserError
+from workbench.runs import open_run
 from workloads.training.config import TrainingConfig
 
 
@@ -103,6 +106,24 @@ def test_time_is_by_kind_and_idle_by_what_the_host_did(tmp_path: Path) -> None:
     assert [(row["host"].split(":")[0], row["idle_ms_a_step"]) for row in why_idle(trace)] == [
         ("no operator", 14), ("aten", 6)
     ]  # fmt: skip
+
+
+def test_of_what_reaches_over_the_window_the_part_inside_counts(tmp_path: Path) -> None:
+    made(tmp_path, 0, matrix=40)
+    [trace] = read_traces(tmp_path)
+    trace.work += [Piece("ncclDevKernel_Before", "stream 20", -30 * MS, 40 * MS, 40 * MS)]
+    trace.work += [Piece("ncclDevKernel_After", "stream 20", 190 * MS, 40 * MS, 40 * MS)]
+    assert {row["kind"]: row["ms_a_step"] for row in by_kind(trace)}["communication"] == pytest.approx(50)
+    assert rank_rows([trace])[0]["communication_ms"] == pytest.approx(50)
+
+
+def test_graph_breaks_are_those_of_the_rank_with_most(tmp_path: Path, runs_root: Path) -> None:
+    for rank, breaks in ((0, {"print": 3}), (1, {"print": 1, "item": 2})):
+        made(tmp_path, rank, 40)
+        (tmp_path / f"rank-{rank}.facts.json").write_text(json.dumps({"rank": rank, "graph_breaks": breaks}))
+    config = load(TraceConfig, None, [f"run={tmp_path}"])
+    with open_run("profile", "trace", config) as run:
+        assert summarise_traces(config, run)["graph_breaks"] == 5
 
 
 def test_the_peak_has_what_was_alive_and_who_made_it(tmp_path: Path) -> None:
