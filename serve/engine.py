@@ -199,7 +199,11 @@ def llm_config(model: ModelConfig, place: EnginePlace, layers: Sequence[int] = (
             "ray_actor_options": {"num_cpus": 0},  # the engine's bundle pays for the replica
             **selector,
         },
-        experimental_configs={"adapters": model.adapters, "warm_up": model.warm_up},
+        experimental_configs={
+            "adapters": model.adapters,
+            "warm_up": model.warm_up,
+            "stream_batching_interval_ms": model.stream_interval_ms,
+        },
         server_cls=f"serve.vllm_server.{_server(model, place)}",
         **skip_download,
     )

@@ -60,6 +60,9 @@ class ModelConfig(Placed):
     replicas: int = Field(default=1, ge=1, description="Copies of the engine")
     autoscaling: Autoscaling | None = Field(default=None, description="Replicas by load, in place of replicas")
     warm_up: str = Field(default="", description="A prompt that each replica answers before it is asked anything else")
+    stream_interval_ms: float = Field(
+        default=10.0, ge=0, description="Tokens of a stream that come within it are sent together; 0: each by itself"
+    )
     device: Literal["auto", "cpu", "gpu"] = Field(
         default="auto", description="Where the engine runs; auto: gpu if the cluster has any"
     )
