@@ -45,7 +45,7 @@ def _phases(recording: Recording) -> dict[str, dict[str, Any]]:
 def _units(recording: Recording) -> dict[str, dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for row in per_unit(recording):
-        name = row["of"].partition(" of process")[0]
+        name = row["of"].partition(" of ")[0]
         rows.setdefault(f"{row['unit']} ({name})", row)
     return rows
 

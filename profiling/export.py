@@ -87,9 +87,13 @@ def alerts(config: ExportConfig) -> dict[str, Any]:
         ),
         rule(
             "HostUnreachable",
-            f'up{{job="ray"}} == 0 or ({one(f"last_over_time({memory}[30m])")} unless on (host) {memory}) '
+            f'up{{job="ray"}} == 0 or ({one(f"last_over_time({memory}[1d])")} unless on (host) {memory}) '
             f"and on () count({memory}) > 0",
             1, "critical", "{{ $labels.host }}{{ $labels.instance }} no longer tells its samples.",
+        ),
+        rule(
+            "RecordingEnded", f"count(last_over_time({memory}[1d])) > 0 unless on () count({memory})", 5, "warning",
+            "No host tells its samples any more: the recording has ended, or all hosts are away.",
         ),
     ]  # fmt: skip
     return {"groups": [{"name": "workbench-hosts", "rules": rules}]}

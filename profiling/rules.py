@@ -42,11 +42,11 @@ def findings(recording: Recording) -> list[Finding]:
 
 
 def narrow_link(trace: HostTrace, recording: Recording) -> Seen:
-    """Width does not fall when a card idles, so any time at all counts."""
+    """Width does not fall when a card idles, so more than a stray sample counts."""
     for card in trace.cards:
         widest = trace.card_facts(card).get("pcie_width_max")
         _, widths = trace.get("pcie.width", card)
-        if widest and len(widths) and (width := float(np.median(widths))) < widest:
+        if widest and len(widths) and (width := float(np.percentile(widths, 5, method="lower"))) < widest:
             _, generations = trace.get("pcie.generation", card)
             most = link_bytes(generations.max(), width) if len(generations) else None
             limit = f", at most {most / 1e9:.1f} GB/s" if most else ""
@@ -76,8 +76,8 @@ def waits_for_cores(trace: HostTrace, recording: Recording) -> Seen:
         shares = card_shares(trace, card, *trace.span)
         if (shares["waits_for_cores"] or 0) >= 20:
             yield (
-                f"GPU {card} idle {shares['idle']:.0f}% of the time while the data loader's cores are full",
-                f"a core was at least 90% busy in {shares['waits_for_cores']:.0f}% of the time, with the card idle"
+                f"GPU {card} idle {shares['waits_for_cores']:.0f}% of the time while the data loader's cores are full",
+                f"idle {shares['idle']:.0f}% in all; in so much of it a core was at least 90% busy"
                 + _hungriest(trace, recording),
             )
 
@@ -88,8 +88,8 @@ def waits_for_disk(trace: HostTrace, recording: Recording) -> Seen:
         shares = card_shares(trace, card, *trace.span)
         if (shares["waits_for_disk"] or 0) >= 20:
             yield (
-                f"GPU {card} idle {shares['idle']:.0f}% of the time while the disk is read",
-                f"cores waited for a disk in {shares['waits_for_disk']:.0f}% of the time, with the card idle",
+                f"GPU {card} idle {shares['waits_for_disk']:.0f}% of the time while the disk is read",
+                f"idle {shares['idle']:.0f}% in all; in so much of it cores waited for a disk",
             )
 
 
@@ -101,8 +101,8 @@ def held_and_idle(trace: HostTrace, recording: Recording) -> Seen:
         if holders and (shares["waits_for_else"] or 0) >= 40:
             names = ", ".join(recording.process_name(trace.host, device.partition("/")[2]) for device in holders)
             yield (
-                f"GPU {card} idle {shares['idle']:.0f}% of the time while a job holds it",
-                f"neither cores nor disks were full in {shares['waits_for_else']:.0f}% of the time; held by {names}",
+                f"GPU {card} idle {shares['waits_for_else']:.0f}% of the time while a job holds it",
+                f"idle {shares['idle']:.0f}% in all; in so much of it no core or disk was full; held by {names}",
             )
 
 

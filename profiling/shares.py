@@ -5,11 +5,17 @@ from typing import Any
 
 import numpy as np
 
-from profiling.trace import HostTrace, Recording
+from profiling.trace import HostTrace, Mark, Recording
 
 IDLE_PERCENT = 5.0
 FULL_PERCENT = 90.0
 WAITS_PERCENT = 20.0
+
+SLACK_SECONDS = 1.0
+"""A phase may begin so long before the first sample: the recorder starts with it."""
+NO_WORK = {"said", "traced"}
+"""Marks that tell of something and not of work done."""
+VIRTUAL = ("veth", "docker", "br-", "virbr", "cni", "flannel", "ifb", "dummy", "utun", "awdl", "llw", "bridge")
 
 POWER = 0x4 | 0x80
 """NVML: software power cap, hardware power brake."""
@@ -76,22 +82,32 @@ def _host_waits(trace: HostTrace, card: str, start: float, end: float) -> tuple[
 def per_unit(recording: Recording) -> list[dict[str, Any]]:
     """Seconds, bytes and joules for each step, token, document: of every series of marks, and every phase with figures.
 
-    A series lasts from its first mark to its last, and what came with the first was done before it. Bytes and joules
-    are those of all hosts meanwhile; PCIe bytes are estimated from windows of 20 ms.
+    A series lasts from its first mark to its last, and what came with the first was done before it. Marks without a
+    number, such as the batches of several workers, are one series over all processes. Bytes and joules are those of all
+    hosts meanwhile; PCIe bytes are estimated from windows of 20 ms. A phase that began before the recording has none.
     """
     rows = []
-    series = sorted({(mark.name, mark.host, mark.process) for mark in recording.marks})
-    for name, host, process in series:
-        marks = [m for m in recording.marks if (m.name, m.host, m.process) == (name, host, process)]
+    series: dict[tuple[str, str, int], list[Mark]] = {}
+    for mark in recording.marks:
+        if mark.name not in NO_WORK:
+            of = (mark.host, mark.process) if mark.value != "" else ("", 0)
+            series.setdefault((mark.name, *of), []).append(mark)
+    for (name, *_), marks in sorted(series.items()):
         counts = {name: float(len(marks) - 1)}
         for figure in sorted({key for mark in marks for key in mark.figures}):
             counts[_one(figure)] = sum(mark.figures.get(figure, 0.0) for mark in marks[1:])
         if len(marks) > 1:
-            rows += _rows(recording, f"{name}s of process {process}", counts, marks[0].time, marks[-1].time)
+            rows += _rows(recording, f"{name}s of {_processes(marks)}", counts, marks[0].time, marks[-1].time)
     for phase in recording.phases:
         counts = {_one(figure): count for figure, count in phase.figures.items()}
-        rows += _rows(recording, phase.name, counts, phase.start, phase.end)
+        if phase.start >= recording.span[0] - SLACK_SECONDS:
+            rows += _rows(recording, phase.name, counts, phase.start, phase.end)
     return rows
+
+
+def _processes(marks: list[Mark]) -> str:
+    found = {(mark.host, mark.process) for mark in marks}
+    return f"{len(found)} processes" if len(found) > 1 else f"process {marks[0].process}"
 
 
 def _one(plural: str) -> str:
@@ -108,7 +124,7 @@ def _rows(recording: Recording, what: str, counts: dict[str, float], start: floa
         "disk_bytes": over_hosts(
             recording, lambda t: add(t.total("disk.read_bytes", start, end), t.total("disk.written_bytes", start, end))
         ),
-        "network_bytes": over_hosts(recording, lambda t: t.total("network.sent_bytes", start, end)),
+        "network_bytes": over_hosts(recording, lambda t: t.total("network.sent_bytes", start, end, interfaces(t)[0])),
     }
     return [
         {
@@ -118,6 +134,13 @@ def _rows(recording: Recording, what: str, counts: dict[str, float], start: floa
         for unit, count in counts.items()
         if count > 0
     ]  # fmt: skip
+
+
+def interfaces(trace: HostTrace) -> tuple[list[str], list[str]]:
+    """Interfaces that lead out of the host, and loopback. Bridges and container ends, which count traffic of the
+    outer ones or of none a second time, are in neither."""
+    names = trace.devices("network.sent_bytes")
+    return [n for n in names if not n.startswith(("lo", *VIRTUAL))], [n for n in names if n in ("lo", "lo0")]
 
 
 def total_joules(recording: Recording, start: float, end: float) -> float | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from profiling.shares import interfaces
 from profiling.trace import HostTrace, Mark, Phase, Series
 
 if TYPE_CHECKING:
@@ -132,14 +133,6 @@ def _busiest_core(trace: HostTrace) -> list[tuple[str, Series]]:
     if len(cores) < 2 or len({len(times) for times, _ in cores}) > 1:
         return []
     return [("busiest core", (cores[0][0], np.max([values for _, values in cores], axis=0)))]
-
-
-def interfaces(trace: HostTrace) -> tuple[list[str], list[str]]:
-    """Interfaces that lead out of the host, and loopback. Bridges and container ends, which count traffic of the
-    outer ones or of none a second time, are in neither."""
-    virtual = ("veth", "docker", "br-", "virbr", "cni", "flannel", "ifb", "dummy", "utun", "awdl", "llw", "bridge")
-    names = trace.devices("network.sent_bytes")
-    return [n for n in names if not n.startswith(("lo", *virtual))], [n for n in names if n in ("lo", "lo0")]
 
 
 def thin(series: Series) -> Series:

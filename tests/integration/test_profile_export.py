@@ -109,6 +109,9 @@ FAULTS = {
     "CardIdleWhileHeld": {f"{metric_name('gpu.busy')}{CARD}": "0x60"},
     "HostMemoryFull": {f"{metric_name('memory.used')}{HOST}": "63.9x60"},
     "HostUnreachable": {f"{metric_name('memory.used')}{HOST}": "10x20 _x40"},
+    "RecordingEnded": {
+        f"{metric_name('memory.used')}" + f'{{host="{name}", device=""}}': "10x20 _x40" for name in ("box", "other")
+    },
 }
 JUST_TAKEN = {f"{metric_name('gpu.busy')}{CARD}": "_x40 0x20", f"ray_workbench_gpu_held_bytes{CARD}": "_x40 10x20"}
 """No fault yet: the card was taken five minutes ago, and idles so far."""

@@ -84,7 +84,7 @@ FAULTS: dict[str, tuple[Values, dict[str, Any], str, str]] = {
         "GPU 0 idle 50% of the time while the data loader's cores are full", "Loader 77, job 01, 55% of a core",
     ),
     "waits for disk": (
-        {**BOTH_IDLE, ("cpu.io_wait", ""): half(60, 0)}, {}, "while the disk is read", "50% of the time"
+        {**BOTH_IDLE, ("cpu.io_wait", ""): half(60, 0)}, {}, "idle 50% of the time while the disk is read", "in all"
     ),
     "held and idle": (BOTH_IDLE, {}, "while a job holds it", "held by Loader 77, job 01"),
     "power cap": ({("gpu.throttle_reasons", "0"): half(4, 0)}, {}, "power cap reached 50% of the time", "600 W"),
@@ -110,6 +110,17 @@ def test_a_rule_sees_its_fault_and_no_other_does(rule: str) -> None:
     found = seen(values, facts)
     assert list(found) == [rule]
     assert says in found[rule][0] and evidence in found[rule][1]
+
+
+def test_a_link_that_was_narrow_for_a_part_of_the_time_is_seen() -> None:
+    says, evidence = seen({("pcie.width", "1"): np.repeat([16, 4], [60, 40])})["narrow link"]
+    assert "x4 of x16" in says and "x4 in 40% of 100 samples" in evidence
+
+
+def test_a_card_idles_for_the_cores_only_while_they_are_full() -> None:
+    values: Values = {("gpu.busy", "0"): 0, ("gpu.busy", "1"): 0, ("cpu.core_busy", "0"): np.repeat([99, 20], [21, 79])}
+    says, evidence = seen(values)["waits for cores"]
+    assert says.startswith("GPU 0 idle 21% of the time while") and evidence.startswith("idle 100% in all")
 
 
 def recording_of(change: Callable[[HostTrace], None]) -> Recording:
@@ -191,3 +202,26 @@ def test_bytes_and_joules_by_unit_of_marks_and_phases() -> None:
     assert rows["step"]["pcie_bytes"] == pytest.approx(1.1e10)
     assert rows["document"]["joules"] == pytest.approx(80)
     assert rows["document"]["disk_bytes"] is None
+
+
+def test_marks_without_a_number_are_one_series_over_their_processes() -> None:
+    recording = Recording({"box": trace_of(WELL)})
+    recording.marks = [
+        Mark("batch", "", START + 10 * n, "box", worker, {"documents": 50}) for n in range(5) for worker in (5, 6)
+    ] + [Mark("said", "hello", START, "box", 5), Mark("said", "bye", START + 9, "box", 5)]
+    batch, document = per_unit(recording)
+    assert (batch["of"], batch["count"], document["count"]) == ("batchs of 2 processes", 9, 450)
+    assert document["joules"] == pytest.approx(40 * 400 / 450)
+
+
+def test_a_phase_that_began_before_the_recording_has_no_bytes_and_joules_by_unit() -> None:
+    recording = Recording({"box": trace_of(WELL)})
+    recording.phases = [Phase("embed", START - 900, START + 20, "box", 6, {"documents": 100})]
+    assert per_unit(recording) == []
+
+
+def test_network_bytes_are_those_that_leave_the_host() -> None:
+    values: Values = {("network.sent_bytes", name): np.linspace(0, 1e9, 100) for name in ("eth0", "lo", "docker0")}
+    recording = Recording({"box": trace_of({**WELL, **values})})
+    recording.phases = [Phase("send", *recording.span, "box", 6, {"tokens": 1000})]
+    assert per_unit(recording)[0]["network_bytes"] == pytest.approx(1e6)

@@ -9,7 +9,8 @@ import pytest
 from profiling.page import summarize
 from profiling.recorder import write_part
 from profiling.samplers import Reading
-from profiling.timeline import interfaces, phase_table, timeline_figure
+from profiling.shares import interfaces
+from profiling.timeline import phase_table, timeline_figure
 from profiling.trace import HostTrace, Phase, read_phases, read_recording
 from workbench.errors import UserError
 from workbench.files import write_json
