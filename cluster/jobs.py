@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.job_spec import EXEC, EntrypointResources, JobSpec, check_name, hidden_line
-from workbench.cost import cost, read_prices
+from workbench.cost import cost, joules_in, read_prices
 from workbench.errors import Failure, UserError
 
 if TYPE_CHECKING:
@@ -180,7 +180,17 @@ def _state(details: "JobDetails") -> str:
     return str(details.status.value if hasattr(details.status, "value") else details.status)
 
 
-def describe(details: "JobDetails") -> dict[str, Any]:
+def joules_of(client: "JobSubmissionClient", details: "JobDetails") -> float | None:
+    """What the cards took while a job ran, by its log; None unless it was recorded and has ended."""
+    if " --profile" not in details.entrypoint or _state(details) not in ENDED:
+        return None
+    try:
+        return joules_in(client.get_job_logs(details.submission_id))
+    except (OSError, RuntimeError):  # its host, and its log, are gone
+        return None
+
+
+def describe(details: "JobDetails", joules: float | None = None) -> dict[str, Any]:
     """One row for a person or for JSON; ``seconds`` is how long it has run, ``age`` since when it is known."""
     started = (details.start_time or 0) / 1000
     ended = details.end_time / 1000 if details.end_time else None
@@ -199,7 +209,7 @@ def describe(details: "JobDetails") -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(started)),
         "age": round(time.time() - started, 1),
         "seconds": round(seconds, 1),
-        "cost": cost(seconds, float(metadata.get("cards", "0")), None, read_prices()),
+        "cost": cost(seconds, float(metadata.get("cards", "0")), joules, read_prices()),
         "exit_code": details.driver_exit_code,
         "message": details.message or "",
     }

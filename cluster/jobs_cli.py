@@ -190,10 +190,11 @@ def _entrypoint(
 @jobs_app.command("list")
 def list_jobs(address: Address = None, as_json: AsJson = False) -> None:
     """Every job the cluster remembers, newest first."""
-    from cluster.jobs import describe
+    from cluster.jobs import describe, joules_of
     from workbench.cost import cost_text
 
-    rows = [describe(job) for job in _client(address).list_jobs() if job.submission_id]
+    client = _client(address)
+    rows = [describe(job, joules_of(client, job)) for job in client.list_jobs() if job.submission_id]
     rows.sort(key=lambda row: row["started"], reverse=True)
     if as_json:
         print(json.dumps(rows))

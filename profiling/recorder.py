@@ -23,8 +23,8 @@ from profiling.listener import MarkListener, append_marks
 from profiling.nvidia import NvidiaSampler
 from profiling.ray_sampler import ObjectStoreSampler, RayProcessSampler
 from profiling.samplers import HostSampler, Reading, Sampler
-from workbench.cost import write_energy
-from workbench.errors import Failure
+from workbench.cost import energy_told, write_energy
+from workbench.errors import Failure, UserError
 from workbench.files import read_record, write_atomic, write_json
 from workbench.runs import Run
 
@@ -217,15 +217,28 @@ def recording(run: Run, hertz: float = HERTZ) -> Iterator[None]:
         yield
     finally:
         recorder.stop()
+        _keep_energy(run)
 
 
-def add_to_report(run: Run) -> None:
-    """Draw what ``recording`` sampled into the run's report, and keep the energy that its cards took."""
-    from profiling.page import add_pages
+def _keep_energy(run: Run) -> None:
+    """Write down and tell what the cards took; also of a run that failed."""
     from profiling.shares import total_joules
     from profiling.trace import read_recording
 
+    try:
+        recorded = read_recording(run.folder)
+    except UserError:  # it ended before its first part
+        return
+    joules = total_joules(recorded, *recorded.span)
+    write_energy(run.folder, joules)
+    if joules is not None:
+        run.say(energy_told(joules))
+
+
+def add_to_report(run: Run) -> None:
+    """Draw what ``recording`` sampled into the run's report."""
+    from profiling.page import add_pages
+    from profiling.trace import read_recording
+
     run.report.heading("Profile", "Sampled while the command ran (--profile).")
-    recorded = read_recording(run.folder)
-    add_pages(run.report, recorded)
-    write_energy(run.folder, total_joules(recorded, *recorded.span))
+    add_pages(run.report, read_recording(run.folder))

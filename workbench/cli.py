@@ -301,7 +301,7 @@ def _requests(line: Sequence[str]) -> str:
 def _cards(line: Sequence[str]) -> float:
     """How many cards the workers of a command line ask for together."""
     parsed = _parsed(line)
-    return cards_of(parsed[1].model_dump(mode="json")) if parsed is not None and isinstance(parsed[1], Placed) else 0.0
+    return cards_of(parsed[1].model_dump(mode="json")) if parsed is not None else 0.0
 
 
 app.command()(jobs_cli.submit_command(jobs_cli.CommandFacts(_takes_resources, _places, _requests, _cards)))

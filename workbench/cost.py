@@ -7,6 +7,7 @@
     kilowatt_hour: 0.30
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,15 +36,36 @@ def read_prices() -> Prices:
 
 
 def cards_of(config: Mapping[str, Any]) -> float:
-    """How many cards a command's config asks for: those of a worker times its workers."""
-    workers = config.get("workers") or 1
-    asked = config.get("resources") or {}
-    each = config.get("gpus_per_worker") or 0.0
+    """How many cards a command's config asks for: those of a worker times its workers, of a sweep's trials at once, of
+    all replicas of all models."""
+    if isinstance(models := config.get("models"), list):
+        return sum(_of_model(model) for model in models if isinstance(model, Mapping))
+    if isinstance(trial := config.get("config"), Mapping):
+        return float(config.get("concurrent") or 1) * cards_of(trial)
+    return float(config.get("workers") or 1) * _of_worker(config, config.get("gpus_per_worker"))
+
+
+def _of_worker(config: Mapping[str, Any], plain: float | None) -> float:
+    """Cards of one worker: ``plain`` where no card is named. "all on HOST" is one for each worker."""
+    asked = config.get("resources")
     if isinstance(asked, Mapping) and asked.get("gpu") is not None:
-        each = asked.get("share") or 1.0
-    elif isinstance(asked, Mapping) and asked.get("gpus") is not None:
-        each = asked["gpus"] if isinstance(asked["gpus"], int) else 1.0
-    return float(workers) * float(each)
+        return float(asked.get("share") or 1.0)
+    if isinstance(asked, Mapping) and asked.get("gpus") is not None:
+        return float(asked["gpus"]) if isinstance(asked["gpus"], int) else 1.0
+    return float(plain or 0.0)
+
+
+def _of_model(model: Mapping[str, Any]) -> float:
+    """Cards of a served model; its ``gpus`` counts where it has to run on some."""
+    engine = model.get("engine") or {}
+    ranks = 1.0
+    for size in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        ranks *= engine.get(size) or 1
+    asked = model.get("resources")
+    if isinstance(asked, Mapping) and isinstance(asked.get("gpus"), int):
+        ranks = 1.0  # the number is that of all ranks
+    each = _of_worker(model, model.get("gpus") if model.get("device") == "gpu" else None)
+    return float(model.get("replicas") or 1) * ranks * each
 
 
 def cost(seconds: float | None, cards: float, joules: float | None, prices: Prices) -> dict[str, Any]:
@@ -62,6 +84,17 @@ def cost(seconds: float | None, cards: float, joules: float | None, prices: Pric
 def write_energy(folder: Path, joules: float | None) -> None:
     """Keep what a recorded run used beside its summary."""
     write_json(folder / ENERGY, {"joules": joules})
+
+
+def energy_told(joules: float) -> str:
+    """A line of a job's log, from which ``joules_in`` reads it again."""
+    return f"the cards took {joules:.0f} J meanwhile"
+
+
+def joules_in(log: str) -> float | None:
+    """What the log of a recorded job says that its cards took; None where it says nothing."""
+    told = re.findall(r"the cards took (\d+) J meanwhile", log)
+    return float(told[-1]) if told else None
 
 
 def read_energy(folder: Path) -> float | None:
