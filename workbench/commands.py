@@ -130,11 +130,14 @@ def _aside(as_json: bool) -> Iterator[None]:
 def _perform(
     run: Run, work: Work, config: Config, *, ray: bool, dashboard: bool = True, recorder: str = ""
 ) -> dict[str, Any]:
-    """The summary of ``work``, done in a Ray session where it needs one, with its report written."""
+    """The summary of ``work``, done in a Ray session where it needs one, with its report written.
+
+    One that needs none, but is recorded, is attached to the cluster where there is one, so that its hosts are.
+    """
     begun = time.monotonic()
     if ray:
         from workbench.session import connect, hosts
-    with connect(dashboard) if ray else nullcontext(False) as run.owns_ray:
+    with connect(dashboard) if ray else nullcontext(False) as run.owns_ray, _recorded(run, recorder, ray):
         catch_signals()  # Ray has put its own handler in place
         if ray:
             run.hosts(hosts())
@@ -146,6 +149,20 @@ def _perform(
     summary = redact({**summary, "seconds": round(time.monotonic() - begun, 1)})
     finish(run, summary)
     return summary
+
+
+@contextmanager
+def _recorded(run: Run, recorder: str, ray: bool) -> Iterator[None]:
+    """Hold the connection that a recording of all hosts needs."""
+    if ray or not recorder:
+        yield
+        return
+    from workbench.session import attach
+
+    with attach() as attached:
+        if not attached:
+            run.say("this host alone is recorded: no cluster is named (RAY_ADDRESS) or kept running here")
+        yield
 
 
 class Plan(Protocol):

@@ -109,12 +109,31 @@ def test_being_told_to_stop_is_the_normal_end_of_a_recording(runs_root: Path) ->
     assert state_of(Path(summary["run"])) == "finished"
 
 
-def test_any_command_can_be_profiled(runs_root: Path, tmp_path: Path) -> None:
+def profiled(tmp_path: Path, **variables: str) -> tuple[Path, str]:
+    """The run folder of a command that uses no Ray itself, recorded; and what it said."""
     from made import made_recording
 
     argv = [sys.executable, "-m", "workbench", "profile", "report", f"recording={made_recording(tmp_path)}"]
-    done = subprocess.run([*argv, "--profile", "--json"], capture_output=True, text=True, env={**os.environ})
+    done = subprocess.run(
+        [*argv, "--profile", "--json"], capture_output=True, text=True, env={**os.environ, **variables}
+    )
     assert done.returncode == 0, done.stderr
     folder = Path(json.loads(done.stdout)["run"])
     assert list(folder.glob("artifacts/samples/*/part-*.parquet"))
     assert "Sampled while the command ran" in (folder / "report.html").read_text()
+    return folder, done.stderr
+
+
+def test_any_command_can_be_profiled(runs_root: Path, tmp_path: Path) -> None:
+    folder, said = profiled(tmp_path)
+    assert "this host alone is recorded" in said
+    assert not list(folder.glob("artifacts/samples/clocks.json"))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_the_hosts_of_the_cluster_that_is_named_are_recorded(runs_root: Path, tmp_path: Path) -> None:
+    import ray
+
+    folder, said = profiled(tmp_path, RAY_ADDRESS=ray.get_runtime_context().gcs_address)
+    assert "this host alone" not in said
+    assert list(folder.glob("artifacts/samples/clocks.json"))
