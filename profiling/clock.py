@@ -1,4 +1,4 @@
-"""A host's time axis: its wall clock as it was at one moment, carried on by its monotonic clock, which nobody sets.
+"""A host's time axis: its wall clock as it was at one moment, carried on by its steady clock, which nobody sets.
 
     clock = SteadyClock.start()
     clock.now()     # epoch seconds; a wall clock that is set meanwhile does not bend it
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from workbench.marks import steady
 
 QUESTIONS = 8
 STEP_SECONDS = 0.1
@@ -35,15 +37,15 @@ class SteadyClock:
         boot = boot_name()
         if before and before.get("boot") == boot:
             return cls(before["wall"], before["monotonic"], boot)
-        return cls(time.time(), time.monotonic(), boot)
+        return cls(time.time(), steady(), boot)
 
     def at(self, monotonic: float) -> float:
-        """Epoch seconds on the axis at a reading of the host's monotonic clock."""
+        """Epoch seconds on the axis at a reading of the host's steady clock."""
         return self.wall + monotonic - self.monotonic
 
     def now(self) -> float:
         """Epoch seconds on the axis."""
-        return self.at(time.monotonic())
+        return self.at(steady())
 
     def step(self) -> float:
         """Seconds that the wall clock is ahead of the axis."""

@@ -78,7 +78,7 @@ class HostRecorder:
         slow_at = next_sample
         while not self._stop.is_set():
             when = time.monotonic()
-            now = self._clock.at(when)
+            now = self._clock.now()
             readings = [reading for sampler in self._samplers for reading in _ask(sampler, sampler.read)]
             if when >= slow_at:
                 readings += [reading for sampler in self._samplers for reading in _ask(sampler, sampler.read_slowly)]
@@ -96,6 +96,13 @@ class HostRecorder:
             next_sample = max(next_sample + self._period, time.monotonic())
             self._stop.wait(next_sample - time.monotonic())
         self._write()
+
+    def _on_axis(self, marks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """``marks`` with their time on the host's axis, which after another start of the host has another anchor."""
+        return [
+            {**mark, "axis": self._clock.at(mark["monotonic"])} if isinstance(mark.get("monotonic"), float) else mark
+            for mark in marks
+        ]
 
     def _watch_clock(self) -> None:
         """Note where somebody set the wall clock: the axis does not follow it."""
@@ -117,7 +124,7 @@ class HostRecorder:
             write_part(self.folder, self._buffer)
             self._buffer = []
         self.folder.mkdir(parents=True, exist_ok=True)
-        append_marks(self.folder / "marks.jsonl", self._marks.take())
+        append_marks(self.folder / "marks.jsonl", self._on_axis(self._marks.take()))
         facts: dict[str, Any] = {"host": self.host, "hertz": 1 / self._period, "missing": {}}
         for sampler in self._samplers:
             facts |= sampler.facts()
@@ -153,7 +160,7 @@ class HostRecorder:
         self._stop.set()
         self._thread.join()
         self._marks.close()
-        append_marks(self.folder / "marks.jsonl", self._marks.take())
+        append_marks(self.folder / "marks.jsonl", self._on_axis(self._marks.take()))
         for sampler in self._samplers:
             sampler.close()
 

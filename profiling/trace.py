@@ -253,10 +253,14 @@ class _Axis:
         return times - np.interp(times, measured, [one["offset"] for one in self._offsets])
 
     def time_of(self, told: dict[str, Any]) -> float:
-        """When something was told, by the monotonic clock where the host's anchor is known."""
-        if self._clock is None:
+        """When something was told: as its recorder placed it, else by the monotonic clock where the anchor is known."""
+        if "axis" in told:
+            at = float(told["axis"])
+        elif self._clock is not None:
+            at = self._clock["wall"] + told["monotonic"] - self._clock["monotonic"]
+        else:
             return float(told["time"])
-        return float(self.place(np.array([self._clock["wall"] + told["monotonic"] - self._clock["monotonic"]]))[0])
+        return float(self.place(np.array([at]))[0])
 
 
 def _read_series(folder: Path, axis: _Axis) -> tuple[dict[tuple[str, str], Series], list[str]]:

@@ -23,6 +23,13 @@ from workbench.config import environment
 
 PATIENCE_SECONDS = 0.05
 _numbers = itertools.count()
+_STEADY = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+"""Linux' own goes on while the host sleeps, as macOS' CLOCK_MONOTONIC does; Linux' CLOCK_MONOTONIC stands still."""
+
+
+def steady() -> float:
+    """Seconds on a clock that all processes of the host share, that nobody sets, and that goes on while it sleeps."""
+    return time.clock_gettime(_STEADY)
 
 
 def sockets_folder() -> Path:
@@ -45,7 +52,7 @@ def phase(name: str, value: str | float = "", **figures: float) -> Iterator[dict
 
     A recorder that came after its beginning hears of that at its end.
     """
-    number, began = f"{os.getpid()}.{next(_numbers)}", time.monotonic()
+    number, began = f"{os.getpid()}.{next(_numbers)}", steady()
     _send({"kind": "begin", "id": number, "name": name, "value": value})
     try:
         yield figures
@@ -73,8 +80,7 @@ def _send(message: dict[str, Any]) -> None:
         names = os.listdir(folder)
     except OSError:
         return  # nobody records
-    # the monotonic clock is the host's: all its processes share it, and nobody sets it
-    now = {"monotonic": time.monotonic(), "time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+    now = {"monotonic": steady(), "time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
     data = json.dumps({**message, **now}, default=str).encode()
     for name in names:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, contextlib.suppress(OSError):

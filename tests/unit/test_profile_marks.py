@@ -163,6 +163,27 @@ def test_a_sampler_that_starts_again_goes_on_with_the_axis(tmp_path: Path) -> No
     assert SteadyClock.start({**before, "boot": "another"}).wall != before["wall"]
 
 
+def test_marks_from_before_another_start_of_the_host_stay_where_they_were(tmp_path: Path) -> None:
+    first = HostRecorder(str(tmp_path), hertz=20)
+    first.ready()
+    mark("step", 1)
+    first.stop()
+    [told] = read_recording(tmp_path).marks
+    file = tmp_path / first.host / "host.json"
+    facts = read_json(file)
+    facts["clock"] |= {"boot": "another", "monotonic": facts["clock"]["monotonic"] - 86400}
+    write_json(file, facts)
+    [again] = read_recording(tmp_path).marks
+    assert again.time == pytest.approx(told.time)
+
+
+def test_the_axis_goes_on_while_the_host_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SteadyClock.start()
+    real = time.clock_gettime
+    monkeypatch.setattr(time, "clock_gettime", lambda which: real(which) + 600)  # of the clock that counts sleep
+    assert clock.now() == pytest.approx(clock.wall + 600, abs=5)
+
+
 def test_the_offset_of_a_clock_is_measured_within_half_a_round_trip() -> None:
     clock = SteadyClock.start()
     measured = measure_offset(lambda: clock.now() + 5.0, clock)
