@@ -120,6 +120,11 @@ def panels() -> list[Panel]:
                 gauge("pcie.sent", "from {{host}} card {{device}}"),
             ],
         ),
+        ("GPU clock, MHz", "short", [gauge("gpu.sm_clock")]),
+        (
+            "NVLink traffic", "Bps",
+            [rate("nvlink.received_bytes", "to {{host}}"), rate("nvlink.sent_bytes", "from {{host}}")],
+        ),
         ("PCIe lanes", "short", [gauge("pcie.width")]),
         ("CPU", "percent", [gauge("cpu.busy", "{{host}}")]),
         ("Memory", "bytes", [gauge("memory.used", "{{host}}"), gauge("object_store.used", "{{host}} object store")]),

@@ -1,5 +1,6 @@
 """A recording as sections of a report: findings, timelines, histograms, shares of time, bytes and joules by unit."""
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +29,9 @@ def add_pages(report: Report, recording: Recording) -> None:
     else:
         report.text("Findings", "No rule saw anything wrong. What no sensor tells, no rule can see.")
     for trace in recording.hosts.values():
-        figure = timeline_figure(trace, recording.phases, recording.marks, zero=recording.span[0])
+        figure = timeline_figure(
+            trace, recording.phases, recording.marks, recording.span[0], partial(recording.process_name, trace.host)
+        )
         report.figure(f"Timeline of {trace.host}", figure, note=describe(trace, recording))
         start, end = trace.span
         phases = recording.phases or [Phase("whole recording", start, end)]

@@ -3,6 +3,7 @@
 report.figure("Timeline of system-a", timeline_figure(recording.hosts["system-a"], recording.phases))
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,21 +19,28 @@ MB = 1e6
 MAX_POINTS = 1500
 MAX_BANDS = 60
 MAX_MARKS = 400
+MAX_PROCESSES = 6
 COLOURS = ["#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#eeca3b", "#9d755d", "#ff9da6"]
 INK = ["#1f4e9c", "#c2410c", "#2f7d32", "#7b3fa0"]
 
 
 def timeline_figure(
-    trace: HostTrace, phases: list[Phase], marks: list[Mark] | None = None, zero: float | None = None
+    trace: HostTrace,
+    phases: list[Phase],
+    marks: list[Mark] | None = None,
+    zero: float | None = None,
+    named: Callable[[str], str] = "process {}".format,
 ) -> "go.Figure":
     """CPU, memory, disk and network of one host over time, its cards and PCIe links where it has some.
+
+    ``named`` says what the process of an id is.
 
     The x axis is seconds since ``zero``, by default the first sample. Each phase is a bar in the row at the top, one
     lane for each that runs beside others; those of the fullest lane are bands over all rows.
     """
     from plotly.subplots import make_subplots
 
-    rows = [(title, lines) for title, lines in _rows(trace) if lines]
+    rows = [(title, lines) for title, lines in _rows(trace, named) if lines]
     lanes = _lanes(phases)
     banded, deepest = max(set(lanes), key=lanes.count, default=0), max(lanes, default=0)
     top = 1 if phases or marks else 0
@@ -90,7 +98,7 @@ def _lanes(phases: list[Phase]) -> list[int]:
     return lanes
 
 
-def _rows(trace: HostTrace) -> list[tuple[str, list[tuple[str, Series]]]]:
+def _rows(trace: HostTrace, named: Callable[[str], str]) -> list[tuple[str, list[tuple[str, Series]]]]:
     """(axis title, its lines) in the order they are drawn; a row without lines is a sensor that is missing."""
 
     def gauge(metric: str, device: str, scale: float = 1.0) -> Series:
@@ -105,6 +113,7 @@ def _rows(trace: HostTrace) -> list[tuple[str, list[tuple[str, Series]]]]:
         return [(label.format(device), gauge(metric, device, scale)) for device in trace.devices(metric)]
 
     outer, inner = interfaces(trace)
+    busiest = sorted(trace.devices("process.cpu"), key=lambda process: -trace.get("process.cpu", process)[1].sum())
     return [
         ("CPU %", gauges("cpu.busy", "all cores") + _busiest_core(trace) + gauges("cpu.io_wait", "waits for disk")),
         (
@@ -120,10 +129,40 @@ def _rows(trace: HostTrace) -> list[tuple[str, list[tuple[str, Series]]]]:
             + rates("network.sent_bytes", outer, "sent")
             + rates("network.sent_bytes", inner, "loopback"),
         ),
+        ("processes, % of a core", [(named(one), gauge("process.cpu", one)) for one in busiest[:MAX_PROCESSES]]),
         ("GPU %", gauges("gpu.busy", "card {}")),
-        ("GPU memory GiB", gauges("gpu.memory_used", "card {}", GIB) + gauges("gpu.process_memory", "process {}", GIB)),
+        (
+            "GPU memory GiB",
+            gauges("gpu.memory_used", "card {}", GIB)
+            + [
+                (
+                    f"card {device.partition('/')[0]}: {named(device.partition('/')[2])}",
+                    gauge("gpu.process_memory", device, GIB),
+                )
+                for device in trace.devices("gpu.process_memory")
+            ],
+        ),
         ("GPU watts", gauges("gpu.power", "card {}")),
+        ("GPU degrees C", gauges("gpu.temperature", "card {}")),
+        ("GPU MHz", gauges("gpu.sm_clock", "card {}")),
+        (
+            "video %",
+            [
+                line
+                for line in gauges("gpu.encoder", "encoder of card {}") + gauges("gpu.decoder", "decoder of card {}")
+                if line[1][1].any()
+            ],
+        ),
         ("PCIe MB/s", gauges("pcie.received", "to card {}", MB) + gauges("pcie.sent", "from card {}", MB)),
+        (
+            "NVLink MB/s",
+            [
+                line
+                for card in trace.devices("nvlink.received_bytes")
+                for line in rates("nvlink.received_bytes", [card], f"to card {card}")
+                + rates("nvlink.sent_bytes", [card], f"from card {card}")
+            ],
+        ),
     ]
 
 

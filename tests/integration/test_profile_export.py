@@ -62,7 +62,7 @@ def test_a_real_prometheus_has_what_was_sampled(tmp_path: Path) -> None:
         [used] = answer(port, metric_name("memory.used"))
         [total] = answer(port, "ray_workbench_host_memory_bytes")
         assert 0 < float(used["value"][1]) < float(total["value"][1])
-        for _, _, queries in panels()[6:]:  # those of a host without a card
+        for _, _, queries in panels()[8:]:  # those of a host without a card
             for query, _ in queries:
                 answer(port, query.replace("[1m]", "[20s]"))
     finally:

@@ -167,10 +167,20 @@ def test_a_card_gets_rows_of_its_own() -> None:
         ("gpu.busy", "0"): (times, np.array([50.0, 70.0])),
         ("gpu.memory_used", "0"): (times, np.array([GIB, 2.0 * GIB])),
         ("pcie.sent", "0"): (times, np.array([0.0, 2e6])),
+        ("gpu.process_memory", "0/77"): (times, np.array([GIB, GIB])),
+        ("process.cpu", "77"): (times, np.array([90.0, 80.0])),
+        ("gpu.temperature", "0"): (times, np.array([60.0, 61.0])),
+        ("gpu.encoder", "0"): (times, np.zeros(2)),
+        ("nvlink.sent_bytes", "0"): (times, np.array([0.0, 3e6])),
+        ("nvlink.received_bytes", "0"): (times, np.array([0.0, 3e6])),
     }
     trace = HostTrace("box", {}, series)
-    titles = [axis.title.text for axis in timeline_figure(trace, []).select_yaxes() if axis.title.text]
-    assert titles == ["CPU %", "GPU %", "GPU memory GiB", "PCIe MB/s"]
+    figure = timeline_figure(trace, [], named=lambda process: f"Loader {process}, job 01")
+    titles = [axis.title.text for axis in figure.select_yaxes() if axis.title.text]
+    assert titles == [
+        "CPU %", "processes, % of a core", "GPU %", "GPU memory GiB", "GPU degrees C", "PCIe MB/s", "NVLink MB/s"
+    ]  # fmt: skip
+    assert {"Loader 77, job 01", "card 0: Loader 77, job 01"} <= {line.name for line in figure.data}
     [row] = phase_table(trace, [Phase("all", 0, 1)])
     assert (row["gpu_mean_percent"], row["gpu_memory_peak_gib"]) == (60.0, 2.0)
 
