@@ -9,6 +9,7 @@
     refuse           400, as for a prompt that is too long      silent      a stream that ends without [DONE]
     broken           fails until POST /mend                     long        2,000 tokens, one every 10 ms
     held             answers after POST /release                slow        0.2 s before each of 5 tokens
+    flood            2,000 tokens of 8 KB, as fast as they are taken
 
 ``GET /seen`` tells what it has seen: requests, those that run, those whose client left, the last headers and body.
 """
@@ -97,7 +98,7 @@ async def answer(body: dict[str, Any], path: str, send: Any) -> None:
         error = {"message": "This model's maximum context length is 8 tokens.", "type": "BadRequestError", "code": 400}
         await reply(send, 400, {"error": error})
         return
-    tokens = ["x "] * 2000 if way == "long" else TOKENS
+    tokens = {"long": ["x "] * 2000, "flood": ["x " * 4096] * 2000}.get(way, TOKENS)
     usage = {"prompt_tokens": 7, "completion_tokens": len(tokens), "total_tokens": 7 + len(tokens)}
     if not body.get("stream"):
         if way in ("cut", "die"):

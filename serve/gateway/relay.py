@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
+from serve.gateway.asgi import ClientGone
 from serve.gateway.engines import HOP, Call, EngineLost, Headers, InsideEngine, Reply
 from serve.gateway.errors import ApiError, cut, timed_out, unavailable
 from serve.gateway.exchange import Exchange
@@ -24,6 +25,8 @@ Send = Callable[[Any], Awaitable[None]]
 NOT_THE_CLIENTS = {401, 403, 407, 408, 429}
 """Statuses by which an engine speaks of the gateway's own key or of its load, not of what the client asked."""
 MOST_OF_AN_ERROR = 4096
+LAST_WORDS_SECONDS = 5.0
+"""A client that does not take the end of its answer within this is let go, and with it its place at the engine."""
 SHORT_TEXT = 8
 """A shorter text of a request, such as a role or a number, may stand in an error by chance."""
 log = logging.getLogger("workbench.gateway")
@@ -105,11 +108,15 @@ async def _attempt(line: Line, exchange: Exchange, send: Send) -> None:
 
 
 async def _end_badly(exchange: Exchange, error: ApiError, send: Send) -> None:
-    """Raise ``error``, or tell it inside the stream that has begun."""
+    """Raise ``error``, or tell it inside the stream that has begun; ClientGone where the client takes no more."""
     if not exchange.started:
         raise error
     exchange.error, exchange.reason = error.kind, error.message
-    await send({"type": "http.response.body", "body": error_event(error.fields()), "more_body": False})
+    try:
+        async with asyncio.timeout(LAST_WORDS_SECONDS):
+            await send({"type": "http.response.body", "body": error_event(error.fields()), "more_body": False})
+    except TimeoutError:
+        raise ClientGone from None
 
 
 def _call(line: Line, exchange: Exchange) -> Call:

@@ -49,12 +49,13 @@ def settings(engine: Server, second: Server, store: str, folder: Path) -> dict[s
         "log_file": str(folder / "access.jsonl"),
         "max_body_mb": 1,
         "upstreams": {
-            **{name: at(engine) for name in ("m", "hasty", "twin", "narrow", "flaky", "priced")},
+            **{name: at(engine) for name in ("m", "hasty", "single", "twin", "narrow", "flaky", "priced")},
             "mortal": at(second), "dead": nowhere, "lonely": nowhere,
         },
         "models": {
             "m": patient,
             "hasty": {**patient, "first_token_timeout": FIRST_TOKEN, "timeout": WHOLE},
+            "single": {**patient, "timeout": WHOLE, "concurrency": 1, "queue": 0},
             "narrow": {"concurrency": 2, "queue": 2},
             "flaky": {"breaker_failures": 2, "breaker_seconds": 1.0, "retries": 0},
             "priced": {"price_per_hour": 3.6e6, "watts": 3600},
@@ -385,6 +386,24 @@ def test_a_client_that_reads_slowly_or_sends_slowly_holds_nobody_else(house: Hou
             slow.sendall(sent)
         time.sleep(0.1)
         assert all(house.chat(stream=True).status_code == 200 for _ in range(5))
+
+
+def test_a_client_that_never_reads_leaves_its_place(house: House) -> None:
+    port = httpx.URL(house.server.url).port
+    assert port is not None
+    body = json.dumps({"model": "single", "messages": [{"role": "user", "content": "flood"}], "stream": True}).encode()
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        deaf.connect(("127.0.0.1", port))
+        deaf.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer wb-operator\r\n"
+            b"content-length: " + str(len(body)).encode() + b"\r\n\r\n" + body
+        )
+        until(lambda: house.metric("running", model="single") == 1)
+        assert error_of(house.chat(model="single")) == "overloaded"
+        until(lambda: house.chat(model="single").status_code == 200)  # past the time-out and a last word
+    rows = [row for row in house.log() if row["asked"] == "single" and row["status"] == 200]
+    assert rows[0]["error"] == "client_gone"
 
 
 def test_a_killed_engine_is_fallen_back_from_and_taken_up_again(house: House) -> None:
