@@ -2,6 +2,7 @@
 
 import logging
 import logging.handlers
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,15 @@ import orjson
 
 from serve.gateway.exchange import Exchange
 from workbench.errors import UserError
+
+
+class PrivateFile(logging.handlers.WatchedFileHandler):
+    """A log that is made for its owner alone: it tells who asked what of which model, with ``log_text`` in full."""
+
+    def _open(self) -> Any:
+        return open(
+            self.baseFilename, "a", encoding=self.encoding, opener=lambda path, flags: os.open(path, flags, 0o600)
+        )
 
 
 def open_log(path: Path | None) -> logging.Logger:
@@ -22,7 +32,7 @@ def open_log(path: Path | None) -> logging.Logger:
     if path is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handler = logging.handlers.WatchedFileHandler(path, encoding="utf-8")
+            handler = PrivateFile(path, encoding="utf-8")
         except OSError as error:
             raise UserError(f"gateway.log_file: {path}: {error.strerror}") from None
     else:

@@ -10,11 +10,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from serve.gateway import access_log
 from serve.gateway.api_keys import ApiKey, KeyStore, Usage, open_store
-from serve.gateway.asgi import ClientGone, answer, form_model, read_body, send_error, send_page, until_gone
+from serve.gateway.asgi import ClientGone, answer, read_body, read_form, send_error, send_page, until_gone
 from serve.gateway.engines import InsideEngine
 from serve.gateway.errors import (
     JSON,
@@ -255,10 +256,10 @@ class Gateway:
             await self._choose(exchange)
             exchange.extra_headers = await self._admit(key)
             if path == RAG and self.state.rag is not None:
-                work = self.state.rag.answer(exchange, send)
+                work = partial(self.state.rag.answer, exchange)
             else:
-                work = relay(self.state.lines, exchange, send)
-            await until_gone(receive, work)
+                work = partial(relay, self.state.lines, exchange)
+            await until_gone(receive, send, work)
         except ApiError as error:
             exchange.status, exchange.error, error.counted = error.status, error.kind, True
             exchange.reason = exchange.reason or error.message
@@ -278,7 +279,8 @@ class Gateway:
     async def _choose(self, exchange: Exchange) -> None:
         """Read the body's model, and put a route's variant in its place. Raises ApiError 400, 403 or 404."""
         if exchange.content_type.startswith(b"multipart/"):
-            name = await form_model(exchange.raw, exchange.content_type)
+            exchange.form = await read_form(exchange.raw, exchange.content_type)
+            name = exchange.form.get("model")
         else:
             exchange.body = parse(exchange.raw)
             name = exchange.body.get("model")

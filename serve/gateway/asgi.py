@@ -2,14 +2,17 @@
 
 import asyncio
 import contextlib
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import orjson
 
 from serve.gateway.errors import JSON, ApiError, bad_request
 
 if TYPE_CHECKING:
+    from starlette.datastructures import FormData
     from starlette.types import Receive, Scope, Send
 
 PAGE = Path(__file__).with_name("chat.html")
@@ -67,8 +70,8 @@ async def read_body(scope: "Scope", receive: "Receive", most: int) -> bytes:
             return b"".join(parts)
 
 
-async def form_model(raw: bytes, content_type: bytes) -> Any:
-    """The field ``model`` of a multipart form. Raises ApiError 400 for what is none."""
+async def read_form(raw: bytes, content_type: bytes) -> "FormData":
+    """The fields of a multipart form. Raises ApiError 400 for what is none."""
     from starlette.datastructures import Headers
     from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -76,25 +79,41 @@ async def form_model(raw: bytes, content_type: bytes) -> Any:
         yield raw
 
     try:
-        form = await MultiPartParser(Headers(raw=[(b"content-type", content_type)]), stream()).parse()
+        return await MultiPartParser(Headers(raw=[(b"content-type", content_type)]), stream()).parse()
     except (MultiPartException, KeyError, ValueError) as error:
         raise bad_request(f"The body is no multipart form: {error}.") from None
-    return form.get("model")
 
 
-async def until_gone(receive: "Receive", work: Any) -> None:
-    """Do ``work`` unless the client leaves before it is done. Raises ClientGone then, with the work cancelled."""
+def write_form(form: "FormData", content_type: bytes, model: str) -> bytes:
+    """The form with ``model`` for its field of that name, between the boundaries that ``content_type`` tells."""
+    parts: list[tuple[str, Any]] = [("model", (None, model))]
+    for name, value in form.multi_items():
+        if name != "model":
+            parts.append((name, (None, value) if isinstance(value, str) else
+                          (value.filename, value.file, value.content_type)))  # fmt: skip
+    headers = {"content-type": content_type.decode("latin-1")}
+    return httpx.Request("POST", "http://form", files=parts, headers=headers).read()
+
+
+async def until_gone(receive: "Receive", send: "Send", work: "Callable[[Send], Awaitable[None]]") -> None:
+    """Do ``work`` unless the client leaves before it has the whole answer: ClientGone then, with the work cancelled."""
+    ended = False
+
+    async def noted(message: Any) -> None:
+        nonlocal ended
+        await send(message)
+        ended = message["type"] == "http.response.body" and not message.get("more_body", False)
 
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    task, watch = asyncio.ensure_future(work(noted)), asyncio.ensure_future(gone())
     try:
         await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
+        if not task.done() and not ended:
             raise ClientGone
-        task.result()
+        await task
     finally:
         for each in (task, watch):
             if not each.done():

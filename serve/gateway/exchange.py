@@ -5,12 +5,16 @@ import secrets
 import time
 import uuid
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from serve.gateway.api_keys import ApiKey
+from serve.gateway.asgi import write_form
 from serve.gateway.errors import bad_request
+
+if TYPE_CHECKING:
+    from starlette.datastructures import FormData
 
 ID = re.compile(r"[\w.:-]{1,80}", re.ASCII)
 TRACE = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
@@ -32,6 +36,8 @@ class Exchange:
     content_type: bytes = b"application/json"
     raw: bytes = b""
     body: Body | None = None
+    form: "FormData | None" = None
+    """In place of ``body`` where the request is a multipart form."""
     asked: str = ""
     served: str = ""
     variant_of: str = ""
@@ -72,6 +78,12 @@ class Exchange:
         return str(body.get("user") or body.get("safety_identifier") or "")
 
     @property
+    def texts(self) -> list[Any]:
+        """All that the client sent but the name of a model."""
+        fields = self.form.multi_items() if self.form else (self.body or {}).items()
+        return [value for name, value in fields if name != "model"]
+
+    @property
     def asked_for_usage(self) -> bool:
         """Whether the client wants the usage at the end of its stream."""
         options = (self.body or {}).get("stream_options")
@@ -93,9 +105,14 @@ class Exchange:
             self.prompt_tokens, self.completion_tokens = len(self.raw) // 4, chunks
 
     def body_for(self, model: str, *, own: bool) -> bytes:
-        """The body as the engine gets it: its name of the model, our id where it is our own, usage in a stream."""
+        """The body as the engine gets it: its name of the model, our id where it is our own, usage in a stream.
+
+        A form that names this model already goes as it came.
+        """
         if self.body is None:
-            return self.raw
+            if self.form is None or self.form.getlist("model") == [model]:
+                return self.raw
+            return write_form(self.form, self.content_type, model)
         body = {**self.body, "model": model}
         if own and self.path in ("/v1/chat/completions", "/v1/completions"):
             body["request_id"] = self.request_id

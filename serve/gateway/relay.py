@@ -8,7 +8,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import orjson
@@ -138,9 +138,8 @@ def _listen(silence: asyncio.Timeout, line: Line) -> None:
 async def _pass_on(line: Line, exchange: Exchange, reply: Reply, silence: asyncio.Timeout, send: Send) -> None:
     if reply.status >= 500 or reply.status in NOT_THE_CLIENTS:
         body = b"".join([part async for part in reply.body])
-        asked = {key: value for key, value in (exchange.body or {}).items() if key != "model"}
-        why = without_texts(body[:MOST_OF_AN_ERROR].decode(errors="replace"), asked)
-        log.warning("%s: %s answered %d: %s", exchange.request_id, line.model, reply.status, why[:500])
+        why = without_texts(body.decode(errors="replace"), exchange.texts)[:500]
+        log.warning("%s: %s answered %d: %s", exchange.request_id, line.model, reply.status, why)
         raise unavailable(line.model)
     kind = next((value for name, value in reply.headers if name.lower() == b"content-type"), b"")
     if kind.startswith(b"text/event-stream"):
@@ -150,14 +149,31 @@ async def _pass_on(line: Line, exchange: Exchange, reply: Reply, silence: asynci
 
 
 def without_texts(words: str, asked: Any) -> str:
-    """What an engine says of a failure, less the texts of the request, which no log shall hold."""
-    if isinstance(asked, str):
-        for text in {asked, json.dumps(asked)[1:-1]}:
-            words = words.replace(text, "[text]") if len(text) >= SHORT_TEXT else words
-        return words
-    for value in asked.values() if isinstance(asked, dict) else asked if isinstance(asked, list) else ():
-        words = without_texts(words, value)
+    """What an engine says of a failure, less the texts of the request, which no log shall hold.
+
+    Of more than ``MOST_OF_AN_ERROR`` characters only their number is told: they are an echo of what was asked.
+    """
+    if len(words) > MOST_OF_AN_ERROR:
+        return f"[{len(words)} characters]"
+    for text in sorted(_texts(asked), key=len, reverse=True):  # one may be a part of another
+        plain = {text, repr(text)[1:-1]}
+        for written in plain | {json.dumps(each, ensure_ascii=pure)[1:-1] for each in plain for pure in (True, False)}:
+            words = words.replace(written, "[text]")
     return words
+
+
+def _texts(asked: Any) -> Iterator[str]:
+    if isinstance(asked, str):
+        if len(asked) >= SHORT_TEXT:
+            yield asked
+        return
+    for value in asked.values() if isinstance(asked, dict) else asked if isinstance(asked, list) else ():
+        yield from _texts(value)
+
+
+def _reason(exchange: Exchange, error: dict[str, Any]) -> str:
+    """An engine's own words of its error, as logs may hold them."""
+    return without_texts(str(error.get("message")), exchange.texts)[:200]
 
 
 async def _whole(exchange: Exchange, reply: Reply, send: Send) -> None:
@@ -175,7 +191,7 @@ async def _whole(exchange: Exchange, reply: Reply, send: Send) -> None:
     if reply.status >= 400:
         error = told.get("error") if isinstance(told, dict) else None
         exchange.error = "engine_refused"
-        exchange.reason = str(error.get("message"))[:200] if isinstance(error, dict) else ""
+        exchange.reason = _reason(exchange, error) if isinstance(error, dict) else ""
     await _start(exchange, reply, send, [(b"content-length", str(len(body)).encode())])
     await send({"type": "http.response.body", "body": body, "more_body": False})
 
@@ -190,7 +206,7 @@ async def _stream(line: Line, exchange: Exchange, reply: Reply, silence: asyncio
         async for part in reply.body:
             out, new = events.feed(part)
             if events.error is not None and not exchange.started:
-                raise _told_error(line, events.error)
+                raise _told_error(line, exchange, events.error)
             if new:
                 exchange.last_token_s = time.perf_counter() - exchange.begun
             held += out
@@ -206,7 +222,7 @@ async def _stream(line: Line, exchange: Exchange, reply: Reply, silence: asyncio
         if not events.done:
             raise EngineLost("the stream ended without its last event")
         if events.error is not None:
-            exchange.error, exchange.reason = "engine_failed", str(events.error.get("message"))[:200]
+            exchange.error, exchange.reason = "engine_failed", _reason(exchange, events.error)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
     finally:
         exchange.use_usage(events.usage, events.chunks)
@@ -214,11 +230,12 @@ async def _stream(line: Line, exchange: Exchange, reply: Reply, silence: asyncio
             exchange.answer = "".join(events.text)
 
 
-def _told_error(line: Line, error: dict[str, Any]) -> ApiError:
-    code = error.get("code")
+def _told_error(line: Line, exchange: Exchange, error: dict[str, Any]) -> ApiError:
+    code, why = error.get("code"), _reason(exchange, error)
     if isinstance(code, int) and 400 <= code < 500:
+        exchange.reason = why
         return ApiError(code, str(error.get("message")), "engine_refused", str(error.get("type")), error.get("param"))
-    log.warning("%s: %s", line.model, error)
+    log.warning("%s: %s: %s", exchange.request_id, line.model, why)
     return unavailable(line.model)
 
 

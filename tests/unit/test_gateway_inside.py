@@ -45,6 +45,11 @@ class Ingress:
                 raise RuntimeError("inside")
             if text.startswith("refuse"):
                 return JSONResponse({"error": {"message": "no"}}, int(text.split()[1]))
+            if "echo" in text:
+                error = {"message": f"no: {[body]}", "code": 400}
+                if body.get("stream"):
+                    return StreamingResponse(self._stream(text, error), media_type="text/event-stream")
+                return JSONResponse({"error": error}, 400)
             if text == "wait":
                 self.started.set()
                 try:
@@ -57,14 +62,26 @@ class Ingress:
                                      "completion_tokens": 1}})  # fmt: skip
             return StreamingResponse(self._stream(text), media_type="text/event-stream")
 
+        @app.post("/v1/audio/transcriptions")
+        async def transcribe(request: Request) -> Response:
+            form = await request.form()
+            file = form["file"]
+            assert not isinstance(file, str)
+            self.bodies.append({**form, "file": await file.read(), "name": file.filename})
+            return JSONResponse({"text": "spoken"})
+
         async def passed(request: Request, call_next: Any) -> Response:
             return await call_next(request)  # type: ignore[no-any-return]
 
         app.add_middleware(BaseHTTPMiddleware, dispatch=passed)
         app.add_middleware(Gateway, settings=settings, healthy=lambda model: model == "tiny")
 
-    async def _stream(self, text: str) -> AsyncIterator[str]:
+    async def _stream(self, text: str, error: dict[str, Any] | None = None) -> AsyncIterator[str]:
+        """A chunk a word; an ``error`` in place of the word ``secret``."""
         for word in text.split():
+            if error and word == "secret":
+                yield f"data: {json.dumps({'error': error})}\n\n"
+                break
             yield f"data: {json.dumps({'choices': [{'index': 0, 'delta': {'content': word}}]})}\n\n"
             if word == "hang":
                 self.started.set()
@@ -74,6 +91,11 @@ class Ingress:
                 self.cancelled += 1
                 raise
         yield "data: [DONE]\n\n"
+
+
+def rows(log: Path) -> list[dict[str, Any]]:
+    """The lines of a log of requests."""
+    return [json.loads(line) for line in log.read_text().splitlines()]
 
 
 async def made(tmp_path: Path, **more: Any) -> tuple[Ingress, httpx.AsyncClient]:
@@ -102,6 +124,16 @@ def test_what_the_application_answers_comes_through_with_its_ids(tmp_path: Path)
         assert listed == [{"id": "tiny", "metadata": {"max_request_context_length": 64}}]
 
     asyncio.run(work())
+
+
+def test_a_client_that_leaves_after_the_whole_answer_has_not_left_it(tmp_path: Path) -> None:
+    async def work() -> None:
+        _, client = await made(tmp_path, log_file=tmp_path / "log")
+        for stream in (False, True):
+            await client.post("/v1/chat/completions", json=ask("hello", stream=stream))
+
+    asyncio.run(work())
+    assert [row["error"] for row in rows(tmp_path / "log")] == ["", ""]
 
 
 def test_a_store_that_cannot_count_refuses_and_costs_no_engine_work(
@@ -190,6 +222,40 @@ def test_work_for_a_client_that_leaves_is_cancelled_in_the_application(tmp_path:
         }  # fmt: skip
         await asyncio.wait_for(ingress.app(scope, receive, send), 20)
         assert ingress.cancelled == 1
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize(("text", "stream"), [("echo secret 'diagnosis'\nü", False), ("secret diagnosis echo", True),
+                                              ("echo secret diagnosis", True)])  # fmt: skip
+def test_what_an_engine_echoes_of_a_request_is_in_no_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str, stream: bool
+) -> None:
+    log = tmp_path / "access.jsonl"
+
+    async def work() -> httpx.Response:
+        _, client = await made(tmp_path, log_file=log)
+        return await client.post("/v1/chat/completions", json=ask(text, stream=stream))
+
+    answer = asyncio.run(work())
+    assert "no: [" in answer.text  # its client is told
+    [row] = rows(log)
+    assert row["error"] in ("engine_refused", "engine_failed") and row["reason"].startswith("no: [")
+    assert "secret" not in log.read_text() + caplog.text
+    assert log.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("asked", ["tiny", "voice"])
+def test_a_form_goes_to_the_model_of_its_route(tmp_path: Path, asked: str) -> None:
+    async def work() -> None:
+        ingress, client = await made(tmp_path, routes={"voice": {"tiny": 1.0}})
+        answer = await client.post(
+            "/v1/audio/transcriptions",
+            data={"model": asked, "language": "de"},
+            files={"file": ("a.wav", b"\0\r\n--\xff")},
+        )
+        assert (answer.status_code, answer.headers["x-served-model"]) == (200, "tiny")
+        assert ingress.bodies == [{"model": "tiny", "language": "de", "file": b"\0\r\n--\xff", "name": "a.wav"}]
 
     asyncio.run(work())
 

@@ -235,6 +235,8 @@ def test_an_engines_words_are_kept_and_the_clients_are_not() -> None:
     raw = json.dumps({"error": {"message": 'CUDA error at: my secret\n"plan"', "type": "user"}})
     assert without_texts(raw, asked) == '{"error": {"message": "CUDA error at: [text]", "type": "user"}}'
     assert without_texts('my secret\n"plan" is too long', asked) == "[text] is too long"
+    assert without_texts("the prompt is secret", ["a prompt", "prompt is secret"]) == "the [text]"
+    assert without_texts("word " * 1000, ["word " * 2000]) == "[5000 characters]"
 
 
 def test_a_question_may_come_in_parts() -> None:
