@@ -80,12 +80,16 @@ Samples = dict[str, dict[str, list[tuple[float, str]]]]
 
 
 def by_model(rows: list[dict[str, Any]], verdicts: dict[str, float]) -> Samples:
-    """Model to figure to its values, each with its user. What a fallback answered says nothing of the model."""
+    """Model to figure to its values, each with its user. What a fallback answered says nothing of the model.
+
+    A request that the model's queue or breaker refused failed; the client's own mistakes (4xx) did not.
+    """
     samples: Samples = {}
     for row in rows:
         figures = samples.setdefault(row["asked"], {name: [] for name in FIGURES})
         user = row["user"] or row["key"]
-        failed = row["error"] not in ("", "client_gone", "engine_refused") or bool(row["fallback_from"])
+        excused = row["error"] in ("", "client_gone") or 400 <= row["status"] < 500
+        failed = bool(row["fallback_from"]) or not excused
         figures["failed"].append((float(failed), user))
         if failed or row["error"]:
             continue

@@ -31,7 +31,7 @@ class ReplayConfig(Config):
 
     folder: InputPath = Field(description="Folder of the gateway's record")
     model: str | None = Field(default=None, description="Model to ask; default: each request's own")
-    of_model: str = Field(default="", description="Only requests that this model answered")
+    of_model: str = Field(default="", description="Only requests that this model answered, or failed to")
     base_url: str = Field(default=DEFAULT_URL, description="OpenAI-compatible endpoint")
     api_key_file: OutputPath | None = Field(default=None, description="File of the API key; default as for 'ask'")
     limit: int = Field(default=200, ge=1, description="The newest so many requests")
@@ -57,7 +57,7 @@ def run(config: ReplayConfig, run: Run) -> Summary:
     """Replay, and report how alike the answers are and how the times differ, pair by pair."""
     rows = [
         row for row in read_rows(config.folder, "requests")
-        if row["path"] in PATHS and row["body"] and (not config.of_model or row["served"] == config.of_model)
+        if row["path"] in PATHS and row["body"] and config.of_model in ("", row["served"] or row["asked"])
         and (not config.failed or row["error"])
     ][-config.limit :]  # fmt: skip
     if not rows:

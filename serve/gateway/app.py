@@ -255,6 +255,7 @@ class Gateway:
             exchange.raw = await read_body(scope, receive, int(self._settings.max_body_mb * 2**20))
             await self._choose(exchange)
             exchange.extra_headers = await self._admit(key)
+            exchange.admitted = True
             if path == RAG and self.state.rag is not None:
                 work = partial(self.state.rag.answer, exchange)
             else:
@@ -305,7 +306,7 @@ class Gateway:
         state = self.state
         state.metrics.note(exchange)
         access_log.write(state.logger, exchange, self._settings.log_text)
-        if state.recorder and exchange.served:
+        if state.recorder and exchange.admitted and (exchange.served or exchange.error):
             state.recorder.request(exchange)
         if not exchange.served:
             return  # it was refused

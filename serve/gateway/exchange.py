@@ -39,6 +39,8 @@ class Exchange:
     form: "FormData | None" = None
     """In place of ``body`` where the request is a multipart form."""
     asked: str = ""
+    admitted: bool = False
+    """Within its key's limits: from here on it is the model's matter."""
     served: str = ""
     variant_of: str = ""
     arrived: float = field(default_factory=time.time)

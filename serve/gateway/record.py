@@ -1,8 +1,9 @@
 """Requests and feedback kept in Parquet, where the operator has asked for it: what A/B reports and replays read.
 
-``requests-*.parquet`` has a row a request, with body and answer only where texts are kept, and those redacted;
-``feedback-*.parquet`` a row a verdict. A file is written whole and renamed; what waits for the next file (at most
-``flush_seconds``) is lost with a process that is killed. Where a file cannot be written its rows wait for the next try.
+``requests-*.parquet`` has a row a request that its key's limits let in, also where the model's queue or breaker refused
+it, with body and answer only where texts are kept, and those redacted; ``feedback-*.parquet`` a row a verdict. A file
+is written whole and renamed; what waits for the next file (at most ``flush_seconds``) is lost with a process that is
+killed. Where a file cannot be written its rows wait for the next try.
 """
 
 import asyncio

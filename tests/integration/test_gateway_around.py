@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from gateways import Server, bad_engine, free_port, gateway, started_program
 
 from serve import observe, replay
 from serve.gateway.api_keys import Usage, key_of, month, open_store
+from serve.gateway.record import read_rows
 from serve.observe import ObserveConfig
 from serve.replay import ReplayConfig
 from workbench.config import load
@@ -175,7 +177,8 @@ def test_what_was_recorded_is_asked_again_and_compared(engine: Server, tmp_path:
     (tmp_path / "key").chmod(0o600)
     upstream = {"base_url": engine.url, "model": "engine"}
     settings = {
-        "store": store, "upstreams": {"m": upstream, "other": upstream}, "defaults": {"retries": 0},
+        "store": store, "upstreams": {"m": upstream, "other": upstream, "full": upstream},
+        "defaults": {"retries": 0}, "models": {"full": {"concurrency": 1, "queue": 0}},
         "record": {"folder": str(folder), "text": True, "flush_seconds": 0.1},
     }  # fmt: skip
     with gateway(settings) as server:
@@ -198,11 +201,15 @@ def test_what_was_recorded_is_asked_again_and_compared(engine: Server, tmp_path:
             replayed("failed=true")  # the incident comes back
         with pytest.raises(UserError, match="not served"):
             replayed("model=absent")
+        with ThreadPoolExecutor(2) as pool:  # one of the two is refused
+            asked = [pool.submit(ask, server, key, "slow", model="full") for _ in range(2)]
+        assert sorted(each.result().status_code for each in asked) == [200, 503]
+        until(lambda: len([row for row in read_rows(folder, "requests") if row["asked"] == "full"]) == 2)
+        summary = replayed("of_model=full", "failed=true", "model=other")
+        assert (summary["requests"], summary["failed_then"], summary["failed_now"]) == (1, 1, 0)
 
 
 def three(folder: Path) -> bool:
-    from serve.gateway.record import read_rows
-
     return len(read_rows(folder, "requests")) == 3
 
 
@@ -211,8 +218,6 @@ def three(folder: Path) -> bool:
 
 def test_a_person_chats_through_the_page(engine: Server, tmp_path: Path) -> None:
     import browser
-
-    from serve.gateway.record import read_rows
 
     if browser.chromium() is None:
         pytest.skip("chromium is not installed")

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import yaml
@@ -16,12 +17,13 @@ from data_pipelines.search import Hit
 from serve import ab_report, observe, rag_eval
 from serve.ab_report import AbReportConfig
 from serve.citations import cited, load_template, only_real, prompt
-from serve.gateway.api_keys import ApiKey
+from serve.gateway.api_keys import ApiKey, key_of
+from serve.gateway.app import Gateway
 from serve.gateway.exchange import Exchange
 from serve.gateway.rag import WithSources, last_question
-from serve.gateway.record import Recorder
+from serve.gateway.record import Recorder, read_rows
 from serve.gateway.relay import without_texts
-from serve.gateway.settings import RecordConfig
+from serve.gateway.settings import GatewayConfig, RecordConfig
 from serve.intervals import difference, estimate
 from serve.observe import ObserveConfig
 from serve.retrieval import Documents, fuse, parse_wordings, wordings
@@ -97,6 +99,30 @@ def test_the_report_finds_the_better_model_and_no_difference_where_there_is_none
     assert summary["b_score_finding"] == "higher"
     assert summary["b_total_ms_finding"] == "none"
     assert [section["title"] for section in run.report.sections][:2] == ["Models", "Differences"]
+
+
+def test_what_a_variants_breaker_refused_has_failed_and_what_a_keys_limits_refused_is_not_kept(tmp_path: Path) -> None:
+    broken = "http://127.0.0.1:1/v1"
+    made = GatewayConfig(
+        store=f"sqlite:///{tmp_path / 'gateway.db'}", upstreams={"m": {"base_url": broken}}, routes={"ab": {"m": 1.0}},
+        defaults={"retries": 0, "breaker_failures": 1}, record={"folder": tmp_path / "record"},
+    )  # fmt: skip
+    body = {"model": "ab", "messages": [{"role": "user", "content": "hello"}]}
+
+    async def work() -> list[str]:
+        gateway = Gateway(None, made)
+        await gateway.state.store.add(key_of("wb-key", "o", requests_per_minute=2))
+        headers = {"Authorization": "Bearer wb-key"}
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(gateway), base_url="http://x", headers=headers) as c:
+            answers = [await c.post("/v1/chat/completions", json=body) for _ in range(3)]
+        await gateway.close()
+        return [answer.json()["error"]["code"] for answer in answers]
+
+    codes = asyncio.run(work())
+    assert codes == ["engine_unavailable", "breaker_open", "rate_limit_exceeded"]
+    rows = read_rows(tmp_path / "record", "requests")
+    assert [row["error"] for row in rows] == codes[:2]
+    assert [failed for failed, _ in ab_report.by_model(rows, {})["m"]["failed"]] == [1.0, 1.0]
 
 
 def test_a_report_without_a_route_says_which_there_are(tmp_path: Path, runs_root: Path) -> None:
