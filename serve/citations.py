@@ -8,7 +8,11 @@ from data_pipelines.search import Hit
 from serve.passages import trim
 from workbench.errors import UserError
 
-CITATION = re.compile(r"\s?\[(\d+(?:\s*,\s*\d+)*)\]")
+NUMBERS = r"\[\d+(?:\s*,\s*\d+)*\]"
+CITATION = re.compile(
+    rf"```.*?(?:```|\Z)|`[^`\n]+`(?:{NUMBERS})*|[\w\])](?:{NUMBERS})+|\s?(?P<cited>{NUMBERS})", re.ASCII | re.DOTALL
+)
+"""Code and what is indexed (``rows[0]``, ``f(x)[1]``), which are passed over, or a citation, which is ``cited``."""
 NOT_FOUND = "The documents do not answer this question."
 MODEL_DOWN = "The model does not answer now. These passages may answer the question:"
 TEMPLATE = """Answer the question from the numbered passages alone. Cite each passage you use by its number, like [1]. \
@@ -60,16 +64,21 @@ def prompt(
 
 def cited(answer: str, sources: int) -> tuple[list[int], list[int]]:
     """(numbers of sources that the answer cites, numbers that it cites and that do not exist), each once, in order."""
-    numbers = [int(n) for match in CITATION.finditer(answer) for n in match[1].split(",")]
+    numbers = [n for match in CITATION.finditer(answer) for n in _numbers(match)]
     real = [n for n in dict.fromkeys(numbers) if 1 <= n <= sources]
     return real, [n for n in dict.fromkeys(numbers) if not 1 <= n <= sources]
 
 
 def only_real(answer: str, sources: int) -> str:
-    """The answer without citations of sources that do not exist."""
+    """The answer without citations of sources that do not exist; as it is where there are no sources."""
 
     def kept(match: re.Match[str]) -> str:
-        real, wrong = cited(match[0], sources)
-        return match[0] if not wrong else "".join(f" [{n}]" for n in real)
+        numbers = dict.fromkeys(_numbers(match))
+        real = [n for n in numbers if 1 <= n <= sources]
+        return match[0] if len(real) == len(numbers) else "".join(f" [{n}]" for n in real)
 
-    return CITATION.sub(kept, answer)
+    return CITATION.sub(kept, answer) if sources else answer
+
+
+def _numbers(match: re.Match[str]) -> list[int]:
+    return [int(number) for number in match["cited"].strip("[]").split(",")] if match["cited"] else []

@@ -205,11 +205,21 @@ def test_wordings_are_the_models_lines_without_their_numbers() -> None:
         ("Nothing [7].", [], [7], "Nothing."),
         ("Nothing at all", [], [], "Nothing at all"),
         ("[0] [1][1]", [1], [0], " [1][1]"),
+        ("\u725b[1]\u3002", [1], [], "\u725b[1]\u3002"),
+        (
+            "Use rows[0], then t.columns[12], f(x)[9] and a[1][7].",
+            [],
+            [],
+            "Use rows[0], then t.columns[12], f(x)[9] and a[1][7].",
+        ),
+        ("`rows`[7] and `x = [9]` [1][8]", [1], [8], "`rows`[7] and `x = [9]` [1]"),
+        ("As [2]:\n```\ny = [5]\n```\n", [2], [], "As [2]:\n```\ny = [5]\n```\n"),
     ],
 )
 def test_citations_point_at_real_passages(answer: str, real: list[int], wrong: list[int], kept: str) -> None:
     assert cited(answer, 2) == (real, wrong)
     assert only_real(answer, 2).strip() == kept.strip()
+    assert only_real(answer, 0) == answer
 
 
 def test_a_template_of_ones_own_gets_the_question_and_the_passages(tmp_path: Path) -> None:
