@@ -23,6 +23,8 @@ QUESTIONS = [
 ]
 """Prompts where no file is given."""
 FORM = "JSONL with 'prompt', or 'instruction' and 'input'"
+COLUMNS = ["time", "body", "completion_tokens"]
+"""What a replay needs of the request log."""
 REPLAYED = "'time' or 'timestamp' in seconds, and 'messages', 'prompt' or 'body'"
 
 
@@ -67,35 +69,40 @@ def with_prefixes(prompts: Sequence[str], prefixes: int, words: int, seed: int) 
 
 def read_replay(path: Path, limit: int, speed: float, max_tokens: int) -> list[Prompt]:
     """Recorded traffic: JSONL, or a folder of the gateway's request log. Times are from the first request on, divided
-    by ``speed``; answers are as long as the request asked, else ``max_tokens``.
+    by ``speed``. An answer has its recorded ``completion_tokens``, else as many as the request asked, else
+    ``max_tokens``.
 
     Raises UserError for a row without a time or a prompt.
     """
     rows = list(_parquet(path) if path.is_dir() else _jsonl(path))[:limit]
     if not rows:
         raise UserError(f"{path} holds no requests")
-    first = min(at for at, _ in rows)
-    replayed = [Prompt(_messages(body), _length(body, max_tokens), (at - first) / speed) for at, body in rows]
+    first = min(at for at, _, _ in rows)
+    replayed = [
+        Prompt(_messages(body), _length(body, written, max_tokens), (at - first) / speed) for at, body, written in rows
+    ]
     return sorted(replayed, key=lambda prompt: prompt.at)
 
 
-def _jsonl(path: Path) -> Iterator[tuple[float, dict[str, Any]]]:
+def _jsonl(path: Path) -> Iterator[tuple[float, dict[str, Any], int]]:
+    """Time, body and tokens of the answer (0: not recorded) of each request."""
     for place, line in _lines(path, f"JSONL with {REPLAYED}"):
         try:
             row = json.loads(line)
             body = row.get("body", row)
             body = json.loads(body) if isinstance(body, str) else body
             at = float(row["time"] if "time" in row else row["timestamp"])
+            written = int(row.get("completion_tokens") or 0)
             _messages(body)
-            _length(body, 1)
+            _length(body, written, 1)
             if not math.isfinite(at):
                 raise ValueError(f"time {at}")
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{place}: a recorded request is JSON with {REPLAYED}") from None
-        yield at, body
+        yield at, body, written
 
 
-def _parquet(path: Path) -> Iterator[tuple[float, dict[str, Any]]]:
+def _parquet(path: Path) -> Iterator[tuple[float, dict[str, Any], int]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -103,25 +110,27 @@ def _parquet(path: Path) -> Iterator[tuple[float, dict[str, Any]]]:
     if not files:
         raise UserError(f"{path} holds no Parquet files of a request log")
     try:
-        rows = [row for file in files for row in pq.read_table(file, columns=["time", "body"]).to_pylist()]
+        rows = [row for file in files for row in pq.read_table(file, columns=COLUMNS).to_pylist()]
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path} is no request log: {error}") from None
     for row in rows:
         body = json.loads(row["body"]) if row["body"] else None
         if isinstance(body, dict) and ("messages" in body or isinstance(body.get("prompt"), str)):
             with contextlib.suppress(ValueError):  # the engine refused it then
-                _length(body, 1)
-                yield row["time"], body
+                written = row["completion_tokens"] or 0
+                _length(body, written, 1)
+                yield row["time"], body, written
     if not any(row["body"] for row in rows):
         raise UserError(f"{path} keeps no texts: record with 'text: true' to replay it")
 
 
-def _length(body: dict[str, Any], otherwise: int) -> int:
-    """Tokens of the answer that a body asks for. Raises ValueError where that is no number above 0."""
-    length = body.get("max_completion_tokens") or body.get("max_tokens") or otherwise
-    if not isinstance(length, int) or length < 1:
-        raise ValueError(f"max_tokens {length}")
-    return length
+def _length(body: dict[str, Any], written: int, otherwise: int) -> int:
+    """Tokens of an answer: those ``written`` (0: not known), at most as many as the body asks for, else what it asks
+    for, else ``otherwise``. Raises ValueError where that is no number above 0."""
+    length = body.get("max_completion_tokens") or body.get("max_tokens") or written or otherwise
+    if not isinstance(length, int) or length < 1 or written < 0:
+        raise ValueError(f"max_tokens {length}, completion_tokens {written}")
+    return min(length, written or length)
 
 
 def _messages(body: dict[str, Any]) -> tuple[dict[str, Any], ...]:

@@ -31,6 +31,8 @@ CLOCKS_AGREE = 2.0
 """Seconds. The date of an answer tells no more than that."""
 SENT_ENOUGH = 0.9
 """Of the requests a second that were asked for."""
+LATE = 0.05
+"""Seconds after its arrival, p99, that a request may be sent."""
 
 
 class SharedPrefix(Config):
@@ -59,8 +61,8 @@ class LoadTestConfig(Config):
         description="Of constant and poisson: requests a second, one level each; of ramp: the first and the last",
     )  # fmt: skip
     seconds: float = Field(default=5.0, gt=0, description="Seconds a level; requests in flight at its end may finish")
-    max_tokens: int = Field(default=32, ge=1, description="Tokens of each answer")
-    ignore_eos: bool = Field(default=True, description="Make every answer max_tokens long; false for servers not vLLM")
+    max_tokens: int = Field(default=32, ge=1, description="Tokens of each answer; of a replay, where none are recorded")
+    ignore_eos: bool = Field(default=True, description="Make every answer so long; false for servers not vLLM")
     prompts: InputPath | None = Field(default=None, description="JSONL with 'prompt', or 'instruction' and 'input'")
     replay: InputPath | None = Field(
         default=None, description="Recorded traffic: the gateway's request log (folder), or JSONL with 'time'"
@@ -169,9 +171,10 @@ def run(config: LoadTestConfig, run: Run) -> Summary:
 def _about(config: LoadTestConfig, rows: Sequence[dict[str, Any]]) -> str:
     fewest = min(row["requests"] - row["errors"] for row in rows)
     how = "Closed loop" if config.arrival == "closed" else f"Open loop, {config.arrival} arrivals"
+    length = "as recorded" if config.arrival == "replay" else f"{config.max_tokens} tokens"
     few = "; below 100 its p99 is close to its maximum." if fewest < 100 else "."
     return (
-        f"{how}, {config.seconds:g} s a level, answers of {config.max_tokens} tokens, one pass. "
+        f"{how}, {config.seconds:g} s a level, length of answers: {length}, one pass. "
         f"The smallest level has {fewest} requests{few}"
     )
 
@@ -191,6 +194,8 @@ def _doubts(model: str, level: Level, driven: Driven, row: dict[str, Any]) -> li
         asked = level.load * SENT_ENOUGH
         if row["sent_per_s"] < asked:
             found.append(f"{model} {level}: only {row['sent_per_s']:.2f} requests a second were sent")
+    if level.arrival != "closed" and driven.late > LATE:
+        found.append(f"{model} {level}: requests were sent {driven.late * 1000:.0f} ms after their time at p99")
     if abs(driven.watch.drift) > 0.1:
         found.append(f"{model} {level}: this clock was set by {driven.watch.drift:+.2f} s meanwhile")
     return found

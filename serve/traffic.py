@@ -44,7 +44,7 @@ class Prompt:
 @dataclass(frozen=True)
 class Outcome:
     """One request. Times in seconds; ``error`` is empty or its kind, and then the times mean nothing. ``late`` is how
-    much later than its arrival it was sent."""
+    much later than its arrival it was sent: in a replay by the recorded time, else by when vLLM's process let it go."""
 
     started: float
     latency: float
@@ -113,7 +113,11 @@ class Driven:
     outcomes: list[Outcome]
     wall: float
     watch: Watch
-    planned: int = 0
+
+    @property
+    def late(self) -> float:
+        """Seconds that requests were sent after their arrivals, p99; 0 in a closed loop."""
+        return p99([outcome.late for outcome in self.outcomes])
 
 
 @dataclass
@@ -127,9 +131,11 @@ class _Lags:
             await asyncio.sleep(LAG_INTERVAL)
             self.values.append(time.perf_counter() - begun - LAG_INTERVAL)
 
-    def p99(self) -> float:
-        ordered = sorted(self.values)
-        return ordered[int(len(ordered) * 0.99)] if ordered else 0.0
+
+def p99(values: Sequence[float]) -> float:
+    """The value that 99 of 100 do not pass; 0 without any."""
+    ordered = sorted(values)
+    return ordered[int(len(ordered) * 0.99)] if ordered else 0.0
 
 
 def drive(target: Target, prompts: Sequence[Prompt], level: Level) -> Driven:
@@ -151,14 +157,14 @@ async def _drive(target: Target, prompts: Sequence[Prompt], level: Level) -> Dri
         watching = asyncio.create_task(lags.watch())
         begun, wall, cpu = time.perf_counter(), time.time(), time.process_time()
         if level.arrival == "closed":
-            outcomes, planned = await _closed(session, target, prompts, level, begun), 0
+            outcomes = await _closed(session, target, prompts, level, begun)
         else:
-            outcomes, planned = await _open(session, target, prompts, level)
+            outcomes = await _open(session, target, prompts, level)
         took = time.perf_counter() - begun
         drift = time.time() - wall - took
         watching.cancel()
-    watch = Watch((time.process_time() - cpu) / took, lags.p99(), drift)
-    return Driven(outcomes, took, watch, planned)
+    watch = Watch((time.process_time() - cpu) / took, p99(lags.values), drift)
+    return Driven(outcomes, took, watch)
 
 
 async def _closed(
@@ -180,7 +186,7 @@ async def _closed(
 
 async def _open(
     session: "aiohttp.ClientSession", target: Target, prompts: Sequence[Prompt], level: Level
-) -> tuple[list[Outcome], int]:
+) -> list[Outcome]:
     from vllm.benchmarks.datasets import SampleRequest
     from vllm.benchmarks.serve import get_request
 
@@ -192,14 +198,16 @@ async def _open(
     if level.arrival == "ramp":
         ramp = {"ramp_up_strategy": "linear", "ramp_up_start_rps": level.start, "ramp_up_end_rps": level.load}
     tasks = []
+    begun = time.perf_counter()
     arrivals = get_request(
         samples, level.load, burstiness=1.0 if level.arrival == "poisson" else math.inf,
         self_timed=level.arrival == "replay", **ramp,
     )  # fmt: skip
     async for sample, _ in arrivals:
         prompt: Any = sample.prompt
-        tasks.append(asyncio.create_task(request(session, target, prompt, time.perf_counter())))
-    return list(await asyncio.gather(*tasks)), count
+        arrived = begun + prompt.at if level.arrival == "replay" else time.perf_counter()
+        tasks.append(asyncio.create_task(request(session, target, prompt, arrived)))
+    return list(await asyncio.gather(*tasks))
 
 
 def planned_requests(level: Level, prompts: int) -> int:

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from serve import compare
 from serve.load_figures import BLOCKS, Objective, knee, ratio_interval, summarise, throughput_ratio
 from serve.load_prompts import read_prompts, read_replay, with_prefixes
 from serve.load_report import latency_against_throughput, read_requests, write_requests
-from serve.loadtest import LoadTestConfig
-from serve.traffic import Driven, Level, Outcome, Watch, error_kind, planned_requests
+from serve.loadtest import LoadTestConfig, _doubts
+from serve.traffic import Arrival, Driven, Level, Outcome, Watch, error_kind, planned_requests
 from workbench.config import load
 from workbench.errors import UserError
 
@@ -162,11 +163,15 @@ def test_a_replay_keeps_the_order_the_times_and_the_lengths(tmp_path: Path) -> N
     rows = [
         {"time": 103.0, "messages": [{"role": "user", "content": "late"}], "max_tokens": 7},
         {"time": 100.0, "body": json.dumps({"prompt": "early"})},
+        {"time": 104.0, "prompt": "told", "completion_tokens": 90},
+        {"time": 105.0, "prompt": "told", "max_tokens": 256, "completion_tokens": 41},
+        {"time": 106.0, "prompt": "told", "max_tokens": 9, "completion_tokens": 18},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    early, late = read_replay(path, 10, speed=2.0, max_tokens=32)
+    early, late, *told = read_replay(path, 10, speed=2.0, max_tokens=32)
     assert (early.at, early.max_tokens, early.messages[0]["content"]) == (0.0, 32, "early")
     assert (late.at, late.max_tokens) == (1.5, 7)
+    assert [prompt.max_tokens for prompt in told] == [90, 41, 9]
 
 
 @pytest.mark.parametrize(
@@ -179,6 +184,7 @@ def test_a_replay_keeps_the_order_the_times_and_the_lengths(tmp_path: Path) -> N
         "nonsense",
         '{"time": NaN, "prompt": "x"}',
         '{"time": 1, "prompt": "x", "max_tokens": "many"}',
+        '{"time": 1, "prompt": "x", "completion_tokens": -1}',
     ],
 )
 def test_a_recorded_request_without_time_or_prompt_is_named(tmp_path: Path, line: str) -> None:
@@ -197,11 +203,10 @@ def test_the_request_log_of_the_gateway_can_be_replayed(tmp_path: Path) -> None:
         None,
         json.dumps({"prompt": "hi", "max_tokens": -1}),
     ]
-    pq.write_table(
-        pa.table({"time": [5.0, 6.0, 7.0], "body": bodies, "served": ["m", "m", "m"]}), tmp_path / "requests-1.parquet"
-    )
+    log = {"time": [5.0, 6.0, 7.0], "body": bodies, "served": ["m", "m", "m"], "completion_tokens": [2, 2, 2]}
+    pq.write_table(pa.table(log), tmp_path / "requests-1.parquet")
     [prompt] = read_replay(tmp_path, 10, 1.0, 32)
-    assert (prompt.at, prompt.max_tokens) == (0.0, 3)
+    assert (prompt.at, prompt.max_tokens) == (0.0, 2)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +234,16 @@ def test_a_generator_at_its_limit_says_so() -> None:
     assert CALM.saturated() == ""
     assert "97% of a core" in Watch(0.97, 0.0, 0.0).saturated()
     assert "late" in Watch(0.1, 0.2, 0.0).saturated()
+
+
+@pytest.mark.parametrize("arrival", ["constant", "poisson", "ramp", "replay"])
+def test_requests_that_were_sent_late_are_doubted_in_every_open_loop(arrival: Arrival) -> None:
+    level = Level(arrival, 1.0, 5.0, start=1.0)
+    for late, doubts in ((0.01, 0), (0.2, 1)):
+        sent = [replace(outcome(0.2, started=float(at)), late=late) for at in range(5)]
+        driven = Driven(sent, 5.0, CALM)
+        found = _doubts("m", level, driven, summarise(driven, Objective()))
+        assert len(found) == doubts and all("200 ms after their time" in text for text in found)
 
 
 @pytest.mark.parametrize(
