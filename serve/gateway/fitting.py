@@ -60,14 +60,16 @@ class Fitting:
 
         A text has at most as many tokens as bytes, so a prompt that is short for its context is not counted.
 
-        Raises ApiError 400 where nothing of the passages fits.
+        Raises ApiError 400 where nothing of the passages fits, or ``tools`` is no list.
         """
         body = exchange.body or {}
         context = await self._context(exchange)
         answer = body.get("max_completion_tokens") or body.get("max_tokens")
         taken = answer if isinstance(answer, int) else min(ANSWER_TOKENS, context // 4)
-        messages, tools = body["messages"], body.get("tools")
-        others = "\n".join(orjson.dumps(other).decode() for other in [*messages[:-1], *(tools or [])])
+        messages, tools = body["messages"], body.get("tools") or []
+        if not isinstance(tools, list):
+            raise bad_request("tools is a list of functions that the model may call.", "tools")
+        others = "\n".join(orjson.dumps(other).decode() for other in [*messages[:-1], *tools])
         room = context - taken - MESSAGE_TOKENS * len(messages) - TEMPLATE_TOKENS
         text, bare = render(context, guess_tokens), render(0, guess_tokens)
         if len(f"{others}{text}".encode()) <= room:

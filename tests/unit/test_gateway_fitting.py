@@ -71,6 +71,13 @@ def test_no_room_for_any_passage_is_refused(counted: list[str], context: int, bo
     assert refused.value.status == 400
 
 
+@pytest.mark.parametrize("tools", [5, True, "search", {"name": "search"}])
+def test_tools_that_are_no_list_are_refused(counted: list[str], tools: Any) -> None:
+    with pytest.raises(ApiError, match="tools is a list") as refused:
+        fit(10_000, tools=tools)
+    assert (refused.value.status, refused.value.param) == (400, "tools")
+
+
 def test_an_engine_that_counts_nothing_is_guessed_for(monkeypatch: pytest.MonkeyPatch) -> None:
     async def relay(lines: Any, exchange: Exchange, send: Any) -> None:
         raise ApiError(404, "no such path", "not_found")
