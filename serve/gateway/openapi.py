@@ -12,6 +12,7 @@ ERROR = {
         }},
     }}},
 }  # fmt: skip
+TEXTS = {"oneOf": [TEXT, {"type": "array", "items": TEXT, "minItems": 1, "maxItems": 4}]}
 GENERATE = {
     "model": TEXT,
     "max_tokens": {"type": "integer", "minimum": 1, "maximum": 64},
@@ -27,9 +28,31 @@ MESSAGES = {
         "properties": {"role": {"enum": ["system", "user", "assistant"]}, "content": TEXT},
     },
 }  # fmt: skip
+TOOLS = {
+    "type": "array", "maxItems": 4,
+    "items": {
+        "type": "object", "required": ["type", "function"],
+        "properties": {
+            "type": {"enum": ["function"]},
+            "function": {"type": "object", "required": ["name"], "properties": {"name": TEXT, "description": TEXT}},
+        },
+    },
+}  # fmt: skip
+CHAT = {**GENERATE, "messages": MESSAGES, "tools": TOOLS}
+RAG = {
+    "type": "object",
+    "properties": {
+        "mode": {"enum": ["dense", "keywords", "hybrid"]},
+        "queries": {"type": "integer", "minimum": 1, "maximum": 8},
+    },
+}
+NUMBERS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": 16}
+JSON = "application/json"
 
 
-def _operation(summary: str, properties: dict[str, Any] | None = None, *required: str, key: bool = True) -> Any:
+def _operation(
+    summary: str, properties: dict[str, Any] | None = None, *required: str, key: bool = True, media: str = JSON
+) -> Any:
     told: dict[str, Any] = {
         "summary": summary,
         "responses": {"200": {"description": "the answer"}, "default": ERROR},
@@ -38,7 +61,7 @@ def _operation(summary: str, properties: dict[str, Any] | None = None, *required
         told["security"] = []
     if properties is not None:
         schema = {"type": "object", "properties": properties, "required": list(required)}
-        told["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+        told["requestBody"] = {"required": True, "content": {media: {"schema": schema}}}
     return told
 
 
@@ -56,11 +79,21 @@ SCHEMA: dict[str, Any] = {
             **_operation("One model"),
             "parameters": [{"name": "model", "in": "path", "required": True, "schema": TEXT}],
         }},
-        "/v1/chat/completions": {"post": _operation(
-            "Answer a conversation", {**GENERATE, "messages": MESSAGES}, "model", "messages"
-        )},
+        "/v1/chat/completions": {"post": _operation("Answer a conversation", CHAT, "model", "messages")},
         "/v1/completions": {"post": _operation("Continue a text", {**GENERATE, "prompt": TEXT}, "model", "prompt")},
         "/v1/embeddings": {"post": _operation("Embed a text", {"model": TEXT, "input": TEXT}, "model", "input")},
+        "/v1/score": {"post": _operation(
+            "Score texts against one", {"model": TEXT, "text_1": TEXTS, "text_2": TEXTS}, "model", "text_1", "text_2"
+        )},
+        "/v1/rag/chat/completions": {"post": _operation(
+            "Answer a conversation over the documents", {**CHAT, "rag": RAG}, "model", "messages"
+        )},
+        "/v1/audio/transcriptions": {"post": _operation(
+            "Write down what is said", {"model": TEXT, "file": {"type": "string", "format": "binary"}},
+            "model", "file", media="multipart/form-data",
+        )},
+        "/tokenize": {"post": _operation("Tokens of a text", {"model": TEXT, "prompt": TEXT}, "model", "prompt")},
+        "/detokenize": {"post": _operation("Text of tokens", {"model": TEXT, "tokens": NUMBERS}, "model", "tokens")},
         "/v1/feedback": {"post": _operation(
             "Judge an answer",
             {"request_id": TEXT, "score": {"type": "number", "minimum": -1, "maximum": 1}, "comment": TEXT},
