@@ -1,11 +1,10 @@
 """The same metrics to three places: ``metrics.jsonl``, TensorBoard and Weights & Biases.
 
 W&B runs offline unless a key is configured (``WANDB_API_KEY`` or a netrc entry for its host): there is never a
-prompt and, without a key, never a network call. Where W&B fails, the run goes on without it. One process a run writes
-metrics: the driver, or a worker of rank 0.
+prompt and, without a key, never a network call. Where W&B or TensorBoard fails, the run goes on without it; a row that
+``metrics.jsonl`` cannot take is left out. One process a run writes metrics: the driver, or a worker of rank 0.
 """
 
-import json
 import math
 import netrc
 import secrets
@@ -17,13 +16,18 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from workbench.config import adopt_environment, default_environment, environment
+from workbench.event_file import EventFile
 from workbench.files import read_json, write_json
+from workbench.row_file import RowFile, read_rows
 
 MODES = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
 """What ``WANDB_MODE`` may be, with wandb's older names, and what it means."""
 
 WANDB_IDENTITY = "wandb/identity.json"
 """Id and name under which W&B knows a run. One that goes on elsewhere takes it along, and W&B goes on with the same."""
+
+METRICS = "metrics.jsonl"
+BOARD, WANDB = "TensorBoard", "W&B"
 
 INIT_TIMEOUT_SECONDS = 20.0
 """How long a run waits for W&B's server before it goes on offline."""
@@ -97,6 +101,8 @@ class Tracker:
         self._config = config or {}
         self._first_step = first_step
         self._started = False
+        self._rows = RowFile(folder / METRICS)
+        self._writers: dict[str, Any] = {}  # those beside it that have not failed
 
     def log(self, step: int, **values: float) -> None:
         """Record scalar ``values`` at ``step``; NaN and infinities are kept as null in JSON.
@@ -106,37 +112,35 @@ class Tracker:
         scalars = {key: float(value) for key, value in values.items()}
         if not self._started:
             self._start()
-        row: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
-        row |= {key: value if math.isfinite(value) else None for key, value in scalars.items()}
-        self._lines.write(json.dumps(row) + "\n")
-        self._lines.flush()
-        for key, value in scalars.items():
-            self._board.add_scalar(key, value, step)
-        if self._wandb is not None:
-            self._to_wandb("takes no more metrics", lambda run: run.log(scalars, step=step))
+        finite = {key: value if math.isfinite(value) else None for key, value in scalars.items()}
+        self._rows.add({"step": step, "time": round(time.time(), 3), **finite})
+        self._give(BOARD, "takes no more metrics", lambda board: board.add(step, scalars))
+        self._give(WANDB, "takes no more metrics", lambda run: run.log(scalars, step=step))
 
     def close(self, summary: dict[str, Any] | None = None) -> None:
-        """Flush and end all writers; safe to call twice or without any row logged."""
+        """End all writers; safe to call twice or without any row logged."""
         if not self._started:
             return
         self._started = False
-        self._lines.close()
-        self._board.close()
-        if self._wandb is not None:
-            if summary:
-                self._to_wandb("took no summary", lambda run: run.summary.update(summary))
-            if self._wandb is not None:
-                self._to_wandb("did not end in order", lambda run: run.finish())
+        self._give(BOARD, "did not end in order", lambda board: board.close())
+        if summary:
+            self._give(WANDB, "took no summary", lambda run: run.summary.update(summary))
+        self._give(WANDB, "did not end in order", lambda run: run.finish())
+        self._writers.clear()
 
     def _start(self) -> None:
-        from tensorboardX import SummaryWriter
-
-        self._lines = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
-        again = "" if self._first_step is None else f".from-{self._first_step}"
-        self._board = SummaryWriter(
-            str(self.folder / "tensorboard"), write_to_disk=True, purge_step=self._first_step, filename_suffix=again
-        )
-        self._wandb = self._start_wandb()
+        starts: dict[str, Callable[[], Any]] = {
+            BOARD: lambda: EventFile(self.folder / "tensorboard", self._first_step),
+            WANDB: self._start_wandb,
+        }
+        for name, start in starts.items():
+            try:
+                writer = start()
+            except Exception as error:  # a full disk: never the end of a run
+                print(f"{name} did not start, this run goes on without it: {_line(error)}", file=sys.stderr)
+                continue
+            if writer is not None:
+                self._writers[name] = writer
         self._started = True
 
     def _start_wandb(self) -> Any:
@@ -171,22 +175,17 @@ class Tracker:
         known: dict[str, str] = read_json(file)
         return known
 
-    def _to_wandb(self, trouble: str, act: Callable[[Any], object]) -> None:
-        """Do ``act`` with the W&B run, which is given up if it fails: the other writers go on."""
+    def _give(self, name: str, trouble: str, act: Callable[[Any], object]) -> None:
+        """Do ``act`` with the writer ``name``, which is given up if it fails: the others go on."""
+        if name not in self._writers:
+            return
         try:
-            act(self._wandb)
+            act(self._writers[name])
         except Exception as error:
-            print(f"W&B {trouble}: {_line(error)}", file=sys.stderr)
-            self._wandb = None
+            print(f"{name} {trouble}: {_line(error)}", file=sys.stderr)
+            del self._writers[name]
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's ``metrics.jsonl``, oldest first; a last line cut off by a kill is left out."""
-    file = folder / "metrics.jsonl"
-    rows = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    return read_rows(folder / METRICS)

@@ -1,14 +1,12 @@
 """Checkpoints: whole or absent, written while training goes on, kept by rule, resumed as if nothing had happened."""
 
-import resource
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from full_disk import files_of_at_most
 
 from workloads.training.batches import IGNORE, Batches, Row
 from workloads.training.checkpoint import Checkpoints, best_of, complete, history_of, read_failures
@@ -163,16 +161,6 @@ def test_training_ends_when_the_held_out_loss_stops_falling_and_has_the_best_wei
 def test_patience_counts_looks_without_an_improvement_by_min_delta(losses: list[float], over: bool) -> None:
     history = History(validation=list(enumerate(losses)))
     assert history.is_out_of_patience(EarlyStoppingConfig(patience=2, min_delta=0.1)) is over
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_where_a_checkpoint_cannot_be_written_the_last_one_stays_and_training_goes_on(

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from full_disk import files_of_at_most
 from kills import wait_until
 
 from workbench.tracking import WANDB_IDENTITY, Tracker, read_metrics, wandb_mode
@@ -48,6 +49,43 @@ def test_rows_reach_tensorboard(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(7, 0.25)]
+
+
+@pytest.mark.usefixtures("no_wandb")
+@pytest.mark.timeout(60)
+def test_a_disk_that_is_full_for_a_while_ends_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = Tracker(tmp_path)
+    with files_of_at_most(1000):
+        for step in range(100):
+            tracker.log(step, loss=0.25)
+    tracker.log(100, loss=0.25)
+    tracker.close()
+    kept = [row["step"] for row in read_metrics(tmp_path)]
+    assert kept == [*range(len(kept) - 1), 100]
+    metrics, board = capsys.readouterr().err.splitlines()
+    assert metrics == f"{tmp_path / 'metrics.jsonl'} takes no rows at present: File too large"
+    assert board == "TensorBoard takes no more metrics: [Errno 27] File too large"
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    shown = [event.step for event in events.Scalars("loss")]
+    assert shown == list(range(len(shown)))
+
+
+@pytest.mark.usefixtures("no_wandb")
+def test_a_run_goes_on_without_the_writers_that_do_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("tensorboard", "wandb"):
+        (tmp_path / name).write_text("no folder")
+    tracker = Tracker(tmp_path)
+    tracker.log(1, loss=0.25)
+    tracker.close()
+    assert read_metrics(tmp_path)[0]["loss"] == 0.25
+    told = [line.partition(": ")[0] for line in capsys.readouterr().err.splitlines()]
+    assert told == [f"{name} did not start, this run goes on without it" for name in ("TensorBoard", "W&B")]
 
 
 def test_rows_reach_an_offline_wandb_run(tmp_path: Path) -> None:
