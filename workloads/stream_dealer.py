@@ -7,7 +7,6 @@
 in the middle of an epoch goes on from its last window, not from its first.
 """
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from workbench.errors import UserError
+from workbench.row_file import RowFile, read_rows
 from workloads.encoding import Counts
 from workloads.tokenized import row_of
 from workloads.training.batches import Row, join
@@ -58,16 +58,11 @@ class Mark:
     tokens: int = 0
     sequences: int = 0
 
-    def line(self) -> str:
-        """One line of a ledger."""
-        return json.dumps(asdict(self)) + "\n"
-
     @classmethod
-    def read(cls, line: str) -> "Mark":
-        """What ``line`` wrote."""
-        known = json.loads(line)
-        left = tuple(tuple(each) for each in known["left"])
-        return cls(**{**known, "left": left, "counts": Counts(**known["counts"])})
+    def of_row(cls, row: dict[str, Any]) -> "Mark":
+        """What ``asdict`` made a row of a ledger."""
+        left = tuple(tuple(each) for each in row["left"])
+        return cls(**{**row, "left": left, "counts": Counts(**row["counts"])})
 
 
 @dataclass(frozen=True)
@@ -84,7 +79,7 @@ class StreamDealer:
     """Deals the batches of ``count`` rows."""
 
     def __init__(self, count: int, deal: Deal, source: Source, ledger: Path) -> None:
-        self._count, self._deal, self._source, self._ledger = count, deal, source, ledger
+        self._count, self._deal, self._source, self._ledger = count, deal, source, RowFile(ledger)
         self._made: dict[int, list[Row]] = {}
         self._sources: deque[tuple[int, tuple[str, ...]]] = deque(maxlen=KEPT_SOURCES)
         self._steps: Iterator[list[Row]] = iter(())
@@ -124,8 +119,7 @@ class StreamDealer:
         return Told(self._mark.counts, self._mark.tokens, self._mark.sequences)
 
     def _before(self, step: int) -> Mark:
-        lines = self._ledger.read_text(encoding="utf-8").splitlines() if self._ledger.exists() else []
-        marks = [Mark.read(line) for line in lines if line.endswith("}")]  # a kill may have left half a line
+        marks = [Mark.of_row(row) for row in read_rows(self._ledger.path)]
         return max((mark for mark in marks if mark.step <= step), key=lambda mark: mark.step, default=Mark())
 
     def _from(self, mark: Mark) -> Iterator[list[Row]]:
@@ -155,8 +149,7 @@ class StreamDealer:
 
     def _write(self, mark: Mark) -> None:
         self._mark = mark
-        with self._ledger.open("a", encoding="utf-8") as lines:
-            lines.write(mark.line())
+        self._ledger.add(asdict(mark))
 
     def _sequence(self, rows: Sequence[Held]) -> Row:
         made = [row_of(row.batch, row.within) for row in rows]

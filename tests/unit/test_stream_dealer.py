@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,9 @@ def test_batches_are_those_of_rows_that_lie_ready_from_whichever_step(
     assert again.told().counts == ready.counts
 
     ledger.write_text(ledger.read_text()[:-30])  # killed while it wrote
-    assert StreamDealer(ROWS, deal, source, ledger).batch(begun) == made[begun]
+    killed = StreamDealer(ROWS, deal, source, ledger)
+    assert [killed.batch(step) for step in range(begun, steps)] == made[begun:]
+    assert StreamDealer(ROWS, deal, source, ledger).batch(begun) == made[begun]  # after what ``killed`` has added
     ledger.unlink()  # a run that was not streamed so far
     assert StreamDealer(ROWS, deal, source, ledger).batch(begun) == made[begun]
 
@@ -116,6 +119,6 @@ def test_rows_that_fill_no_batch_are_refused(lines: list[bytes], recipe: Recipe,
             dealer.batch(0)
 
 
-def test_a_mark_comes_back_from_its_line() -> None:
+def test_a_mark_comes_back_from_its_row() -> None:
     mark = Mark(7, 1, 2, 33, ((1, 2), (3,)), Counts(rows=4), 50, 6)
-    assert Mark.read(mark.line()) == mark
+    assert Mark.of_row(json.loads(json.dumps(asdict(mark)))) == mark

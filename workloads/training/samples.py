@@ -1,6 +1,5 @@
 """What the model answers while it learns: greedy continuations of a few prompts, on any number of ranks."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from workbench.row_file import RowFile, read_rows
 from workloads.training.fsdp import computes_on, evaluation_mode
 
 
@@ -18,7 +18,7 @@ class Sampler:
         self, tokenizer: Any, prompts: Sequence[str], truths: Sequence[str], file: Path, every: int, tokens: int
     ) -> None:
         self._tokenizer, self._prompts, self._truths = tokenizer, prompts, truths
-        self._file, self._every, self._tokens = file, every, tokens
+        self._rows, self._every, self._tokens = RowFile(file), every, tokens
 
     def due(self, step: int) -> bool:
         """Whether ``step`` is one of those to sample after."""
@@ -30,15 +30,13 @@ class Sampler:
         if dist.is_initialized() and dist.get_rank():
             return
         asked = zip(self._prompts, answers, self._truths, strict=True)
-        with self._file.open("a", encoding="utf-8") as lines:
-            for prompt, answer, truth in asked:
-                lines.write(json.dumps({"step": step, "prompt": prompt, "answer": answer, "truth": truth}) + "\n")
+        rows = [{"step": step, "prompt": prompt, "answer": said, "truth": truth} for prompt, said, truth in asked]
+        self._rows.add(*rows)
 
 
 def read_samples(file: Path, until: int | None = None) -> list[dict[str, Any]]:
-    """The rows of ``file`` up to step ``until``, none where there is no file."""
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-    return [row for row in rows if until is None or row["step"] <= until]
+    """The rows of ``file`` up to step ``until``, none where there is no file; half a line is left out."""
+    return [row for row in read_rows(file) if until is None or row["step"] <= until]
 
 
 @torch.no_grad()
