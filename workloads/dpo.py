@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from workbench.runs import Run, Summary
-from workloads.progress_report import add_progress, storage_table, usual_speed
+from workloads.progress_report import add_progress, held_out_loss, storage_table, usual_speed
 from workloads.sft import TuningConfig, coverage, write_merged
 from workloads.sources import FileOrSet, check_model
 from workloads.training.config import PreferenceKind
@@ -99,13 +99,14 @@ def run(config: DpoConfig, run: Run) -> Summary:
     run.say("merging the adapter into the base")
     write_merged(config.base, result, run.artifact("merged"), config.compute_dtype)
     report(config, run, rows, done, covered)
-    step, loss = done["best"] if done["stopped_early"] else done["validation"][-1]
-    held_out = next(row for row in reversed(_metrics(run)) if row["step"] == step and "validation_margin" in row)
+    step, loss = held_out_loss(run, done)
+    looks = [row for row in _metrics(run) if row["step"] == step and "validation_margin" in row]
+    held_out = looks[-1] if looks else {}  # a full disk
     return {
         "loss": done["train"][-1][1],
         "validation_loss": loss,
-        "validation_accuracy": held_out["validation_accuracy"],
-        "validation_margin": held_out["validation_margin"],
+        "validation_accuracy": held_out.get("validation_accuracy"),
+        "validation_margin": held_out.get("validation_margin"),
         "best_validation_loss": done["best"][1],
         "best_step": done["best"][0],
         "steps": done["steps"],

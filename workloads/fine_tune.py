@@ -66,6 +66,7 @@ def tuning_worker(payload: dict[str, Any]) -> dict[str, Any]:
         torch.distributed.all_gather_object(storage, done.storage)
     return {
         "train": done.history.train, "validation": done.history.validation, "best": done.history.best,
+        "result": events.loaded or done.history.validation[-1],
         "steps": done.history.step, "stopped_early": done.history.stopped_early, "storage": storage,
         "trained_parameters": done.trained_parameters, "resumed_from": done.resumed_from,
     }  # fmt: skip

@@ -17,7 +17,7 @@ from workbench.files import write_json
 from workbench.runs import Run, Summary
 from workloads.corpus import document_files, documents_version
 from workloads.instructions import SPLIT_FILE, refuse_other_split
-from workloads.progress_report import add_progress, usual_speed
+from workloads.progress_report import add_progress, held_out_loss, usual_speed
 from workloads.sources import CHEMISTRY
 from workloads.training.config import DistillableConfig
 
@@ -112,13 +112,14 @@ def run(config: PretrainConfig, run: Run) -> Summary:
     done = fit(pretrain_worker, payload, config, run)
     write_json(model / SPLIT_FILE, {"split_seed": config.split_seed})
     report(config, run, corpus["facts"], done)
+    _, validation_loss = held_out_loss(run, done)
     return {
         "parameters": done["parameters"],
         "tokens": done["tokens"],
         "tokens_per_second": usual_speed(run.folder),
         "steps": done["steps"],
         "loss": done["train"][-1][1],
-        "validation_loss": (done["best"] if done["stopped_early"] else done["validation"][-1])[1],
+        "validation_loss": validation_loss,
         "vocabulary": corpus["facts"]["vocabulary"],
         "resumed_from": done["resumed_from"],
     }

@@ -151,6 +151,7 @@ def pretrain(
         samples = write_samples(whole, tokenizer, payload["samples"])
     return {
         "train": history.train, "validation": history.validation, "best": history.best, "parameters": parameters,
+        "result": events.loaded or history.validation[-1],
         "steps": history.step, "stopped_early": history.stopped_early, "resumed_from": start, "tokens": tokens,
         "samples": samples,
     }  # fmt: skip

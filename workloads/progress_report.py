@@ -36,6 +36,19 @@ def add_progress(run: Run) -> None:
         run.report.table("Checkpoints that could not be written", failures, "Training went on; those before were kept.")
 
 
+def held_out_loss(run: Run, done: dict[str, Any]) -> tuple[int, float]:
+    """Step and held-out loss of the weights that training ended with; says so where they should have been better."""
+    (step, loss), (best_step, best) = done["result"], done["best"]
+    if done["stopped_early"] and step != best_step:
+        text = (
+            f"The result has the weights of step {step} (held-out loss {loss:.3f}): those of step {best_step} "
+            f"({best:.3f}), the lowest, are in no checkpoint."
+        )
+        run.say(text)
+        run.report.text("Not the lowest loss", text)
+    return step, loss
+
+
 def storage_table(storage: list[dict[str, int]]) -> tuple[str, list[dict[str, Any]], str]:
     """Title, rows and note of what each worker stores, from each rank's ``sharded_bytes``."""
     rows = [

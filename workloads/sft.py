@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from workbench.runs import Run, Summary
 from workloads.chat_templates import end_generation
 from workloads.instructions import SPLIT_FILE, refuse_other_split
-from workloads.progress_report import add_progress, storage_table, usual_speed
+from workloads.progress_report import add_progress, held_out_loss, storage_table, usual_speed
 from workloads.sources import CHEMISTRY, DataSource, ModelSource, TemplateSource, check_model
 from workloads.training.config import AdapterConfig, DistillableConfig, Kernel, TrainingConfig
 
@@ -135,9 +135,10 @@ def run(config: SftConfig, run: Run) -> Summary:
         end_generation(result)
         keep_split_seed(config.base, result)
     report(config, run, rows.facts, rows_table(rows), done, covered)
+    _, validation_loss = held_out_loss(run, done)
     return {
         "loss": done["train"][-1][1],
-        "validation_loss": (done["best"] if done["stopped_early"] else done["validation"][-1])[1],
+        "validation_loss": validation_loss,
         "best_validation_loss": done["best"][1],
         "best_step": done["best"][0],
         "steps": done["steps"],

@@ -1,7 +1,6 @@
 """The weights that a training run left: those of its end, or of a checkpoint where it was cut short."""
 
 import socket
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,7 +92,8 @@ def find_trained(reference: str, step: int | None = None, base: str | None = Non
 
 
 def _checkpoint(record: Record, folder: Path, step: int | None, rule: DivergenceConfig | None) -> Path | None:
-    from workloads.training.checkpoint import complete, history_of, step_of
+    from workloads.training.checkpoint import complete, step_of
+    from workloads.training.resume import sound
 
     state, found = state_of(record.folder), complete(folder)
     if state == "running" and record.status.get("host") == socket.gethostname():
@@ -106,19 +106,10 @@ def _checkpoint(record: Record, folder: Path, step: int | None, rule: Divergence
         return steps[step]
     if state == "finished":
         return None
-    good = [path for path in found if not _runs_away(history_of(path).recent, rule)]
+    good = sound(found, rule)
     if not good:
         raise UserError(f"{record.id} did not finish ({state}), and has no {'good ' if found else ''}checkpoint")
     return good[-1]
-
-
-def _runs_away(losses: list[float], rule: DivergenceConfig | None) -> bool:
-    """Whether the last of ``losses`` is one for which training is stopped where it is followed by more of them."""
-    from workloads.training.divergence import QUIET
-
-    if rule is None or len(losses) < 2:
-        return False
-    return losses[-1] > rule.factor * max(statistics.median(losses[:-1]), QUIET)
 
 
 def _base(record: Record, recorded: str, given: str | None) -> str:

@@ -135,9 +135,43 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
         checkpoints.save(history, model, optimizer)
     checkpoints.wait()
     assert steps(tmp_path) == [2, 4, 5]
-    best = best_of(tmp_path)
+    best = best_of(complete(tmp_path))
     assert best is not None
     assert history_of(best).best == (2, 1.0)
+
+
+def full_disk(folder: Path) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_the_best_that_could_be_written_is_kept_and_loaded_with_a_word_which_it_is(tmp_path: Path) -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    assert checkpoints.load_best(model) is None
+    history = History()
+    for step, loss in enumerate([3.0, 2.0, 1.0, 2.5, 2.7], 1):
+        history.step = step
+        history.validation.append((step, loss))
+        with torch.no_grad():
+            model.lm_head.weight.fill_(loss)
+        checkpoints.save(history, model, optimizer, full_disk if step == 3 else None)
+    checkpoints.wait()
+    assert steps(tmp_path) == [2, 5]
+    assert checkpoints.load_best(model) == (2, 2.0)
+    assert model.lm_head.weight.unique().tolist() == [2.0]
+
+
+def test_one_from_before_the_steps_in_doubt_is_kept(tmp_path: Path) -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoints = Checkpoints(tmp_path, keep_last=2, in_doubt=4)
+    kept = []
+    for step in range(1, 9):
+        checkpoints.save(History(step=step), model, optimizer)
+        checkpoints.wait()
+        kept.append(steps(tmp_path))
+    assert kept[-4:] == [[1, 3, 4, 5], [1, 3, 5, 6], [3, 5, 6, 7], [3, 5, 7, 8]]
 
 
 def test_training_ends_when_the_held_out_loss_stops_falling_and_has_the_best_weights(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from workbench.files import read_json, write_json
 from workbench.runs import Run, finish, open_run
 from workbench.tracking import WANDB_IDENTITY, Tracker, read_metrics
 from workloads.training.checkpoint import Checkpoints, complete
-from workloads.training.config import TrainingConfig
+from workloads.training.config import DivergenceConfig, TrainingConfig
 from workloads.training.history import History
 from workloads.training.resume import CHECKPOINTS, SAMPLES, adopt, check_resume, forget_after, what_is_left
 
@@ -38,7 +38,7 @@ def fill(run: Run, checkpoints: Sequence[tuple[int, float]], data: str = "rows")
     rows.write_text(data)
     run.input("train", path=rows)
     model = torch.nn.Linear(4, 4)
-    keeper, history = Checkpoints(run.folder / CHECKPOINTS, keep_last=1), History()
+    keeper, history = Checkpoints(run.folder / CHECKPOINTS, keep_last=3), History()
     for step in range(1, 13):
         run.metrics(step, loss=1.0 / step)
     (run.folder / SAMPLES).write_text("".join(json.dumps({"step": step}) + "\n" for step in (4, 12)))
@@ -93,7 +93,7 @@ def test_the_newest_and_the_best_checkpoint_are_taken_over_with_every_step_once(
     write_json(folder / WANDB_IDENTITY, {"id": "1234abcd", "name": "first"})
     with open_run("train", "sft", config(resume=str(folder))) as run:
         run.input("train", path=folder / "artifacts" / "train.jsonl")
-        assert adopt(str(folder), run) == 8
+        assert adopt(str(folder), run, None) == 8
         assert [path.name for path in complete(run.folder / CHECKPOINTS)] == ["step-00000004", "step-00000008"]
         tracker = Tracker(run.folder, first_step=9)
         tracker.log(9, loss=0.0)
@@ -108,6 +108,29 @@ def test_the_newest_and_the_best_checkpoint_are_taken_over_with_every_step_once(
     assert [event.step for event in board.Scalars("loss")] == list(range(1, 10))
 
 
+def test_checkpoints_whose_loss_runs_away_are_passed_over() -> None:
+    folder = cut_short(checkpoints=((4, 2.0), (6, 3.0), (8, 1.0)))
+    for step, loss in ((4, 2.0), (6, 2.0), (8, 9.0)):
+        history = folder / CHECKPOINTS / f"step-{step:08}" / "history.json"
+        write_json(history, {**read_json(history), "recent": [2.0] * 5 + [loss]})
+    rule = DivergenceConfig()
+    with open_run("train", "sft", config(resume=str(folder))) as run:
+        assert adopt(str(folder), run, rule) == 6
+    assert [path.name for path in complete(run.folder / CHECKPOINTS)] == ["step-00000004", "step-00000006"]
+    assert [row["step"] for row in read_metrics(run.folder)] == list(range(1, 7))
+    left = what_is_left(Run(folder, config(), "train sft"), before=9, rule=rule)
+    assert f"the last good checkpoint is {folder / CHECKPOINTS / 'step-00000006'}" in left
+
+
+def test_a_run_whose_every_checkpoint_runs_away_is_gone_on_with_only_without_the_rule() -> None:
+    folder = cut_short(checkpoints=((8, 1.0),))
+    history = folder / CHECKPOINTS / "step-00000008" / "history.json"
+    write_json(history, {**read_json(history), "recent": [2.0] * 5 + [9.0]})
+    with pytest.raises(UserError, match=r"no checkpoint from before its loss ran away: .* give divergence=null"):
+        check_resume(config(resume=str(folder)))
+    check_resume(config(resume=str(folder), divergence=None))
+
+
 def test_other_data_is_refused() -> None:
     folder = cut_short()
     with open_run("train", "sft", config(resume=str(folder))) as run:
@@ -115,7 +138,7 @@ def test_other_data_is_refused() -> None:
         rows.write_text("other rows")
         run.input("train", path=rows)
         with pytest.raises(UserError, match=r"the input 'train' of .* has changed since"):
-            adopt(str(folder), run)
+            adopt(str(folder), run, None)
 
 
 def test_a_last_line_that_a_kill_cut_off_is_dropped(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import json
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from workbench.errors import Failure
 from workbench.files import read_json
+from workbench.row_file import append_rows, read_rows
 from workloads.training.history import History
 from workloads.training.zero import AnyOptimizer, ZeroOptimizer, copy_of, give_back, is_zero
 
@@ -62,31 +63,29 @@ def history_of(checkpoint: Path) -> History:
     return History.from_json(read_json(checkpoint / "history.json"))
 
 
-def best_of(folder: Path) -> Path | None:
-    """The checkpoint of the lowest held-out loss that the newest one knows of, where it was kept."""
-    newest = complete(folder)[-1:]
-    best = history_of(newest[0]).best if newest else None
-    path = folder / _name(best[0]) if best else None
-    return path if path is not None and path.is_dir() else None
+def best_of(found: Sequence[Path]) -> Path | None:
+    """Of the checkpoints ``found``, oldest first, that of the lowest held-out loss; None where no step of theirs has
+    one."""
+    losses = dict(history_of(found[-1]).validation) if found else {}
+    looked_at = [path for path in found if step_of(path) in losses]
+    return min(looked_at, key=lambda path: losses[step_of(path)], default=None)
 
 
 def read_failures(folder: Path) -> list[dict[str, Any]]:
     """The step and cause of each checkpoint that could not be written to ``folder``; of those whose line a full disk
     has cut off, nothing."""
-    file = folder / FAILURES
-    failures = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        with suppress(ValueError):
-            failures.append(json.loads(line))
-    return failures
+    return read_rows(folder / FAILURES)
 
 
 class Checkpoints:
     """The checkpoints of one training run. Every rank makes one and calls its methods in the same order."""
 
-    def __init__(self, folder: Path, keep_last: int) -> None:
-        """Raises Failure, on the rank that does not see it, where ``folder`` is not on shared storage."""
-        self.folder, self._keep_last = folder, keep_last
+    def __init__(self, folder: Path, keep_last: int, in_doubt: int = 0) -> None:
+        """The newest ``keep_last`` are kept, the best, and the newest from before the last ``in_doubt`` steps, whose
+        loss may yet be found to have run away, with the one that will take its place.
+
+        Raises Failure, on the rank that does not see it, where ``folder`` is not on shared storage."""
+        self.folder, self._keep_last, self._in_doubt = folder, keep_last, in_doubt
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None  # training has its own
         self._rank = dist.get_rank() if dist.is_initialized() else 0
         self._settled: threading.Event | None = None  # of the checkpoint that is being written
@@ -110,7 +109,7 @@ class Checkpoints:
         self.wait()
         weights, moments = get_state_dict(*self._of_torch(model, optimizer), options=OPTIONS)
         partial = self.folder / f".{_name(history.step)}.partial"
-        commit = _Commit(partial, self.folder, history, self._keep_last, export)
+        commit = _Commit(partial, self.folder, history, self._keep_last, self._in_doubt, export)
         future: Any = dcp.async_save(
             {"model": weights, "optimizer": moments},
             storage_writer=commit,
@@ -149,17 +148,23 @@ class Checkpoints:
             optimizer.take(*targets)
         return history_of(found[-1])
 
-    def load_best(self, model: nn.Module) -> None:
-        """Load the weights of the lowest held-out loss into ``model``, if that checkpoint was kept."""
+    def load_best(self, model: nn.Module) -> tuple[int, float] | None:
+        """Load the weights of the lowest held-out loss that a checkpoint has into ``model``.
+
+        Returns their step and loss, None where no checkpoint has one. It is not the best of the run where the
+        checkpoint of that step could not be written.
+        """
         self.wait()
-        best = best_of(self.folder)
-        if best is not None:
-            target = copy_of(model, self._group) if self._group is not None and is_zero(model) else model
-            state = {"model": get_model_state_dict(target, options=OPTIONS)}
-            self._read(best, state)
-            set_model_state_dict(target, state["model"], options=OPTIONS)
-            if target is not model:
-                give_back(target, model)
+        best = best_of(complete(self.folder))
+        if best is None:
+            return None
+        target = copy_of(model, self._group) if self._group is not None and is_zero(model) else model
+        state = {"model": get_model_state_dict(target, options=OPTIONS)}
+        self._read(best, state)
+        set_model_state_dict(target, state["model"], options=OPTIONS)
+        if target is not model:
+            give_back(target, model)
+        return history_of(best).validation[-1]
 
     def _of_torch(self, model: nn.Module, optimizer: AnyOptimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
         """What has the state in the form of PyTorch: these two, or copies of what DeepSpeed has."""
@@ -178,17 +183,20 @@ class Checkpoints:
         shutil.rmtree(partial, ignore_errors=True)
         cause = _first_line(error)
         print(f"the checkpoint of step {step} could not be written: {cause}", file=sys.stderr, flush=True)
-        with suppress(OSError), (self.folder / FAILURES).open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"step": step, "cause": cause}) + "\n")
+        with suppress(OSError):
+            append_rows(self.folder / FAILURES, [{"step": step, "cause": cause}])
 
 
 class _Commit(dcp.FileSystemWriter):
     """Writes a checkpoint under another name and, when all ranks have written, gives it its own."""
 
-    def __init__(self, partial: Path, folder: Path, history: History, keep_last: int, export: Export | None) -> None:
+    def __init__(
+        self, partial: Path, folder: Path, history: History, keep_last: int, in_doubt: int, export: Export | None
+    ) -> None:
         super().__init__(partial)
-        self._partial, self._folder, self._keep_last, self._export = partial, folder, keep_last, export
-        self._step, self._best, self._history = history.step, history.best, json.dumps(history.to_json())
+        self._partial, self._folder, self._export = partial, folder, export
+        self._keep_last, self._in_doubt = keep_last, in_doubt
+        self._step, self._history = history.step, json.dumps(history.to_json())
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Called on rank 0 alone, after every rank's part."""
@@ -202,9 +210,11 @@ class _Commit(dcp.FileSystemWriter):
 
     def _remove_old(self) -> None:
         found = complete(self._folder)
-        kept = {path.name for path in found[-self._keep_last :]} | ({_name(self._best[0])} if self._best else set())
+        settled = [path for path in found if step_of(path) <= self._step - self._in_doubt]
+        next_settled = found[len(settled) : len(settled) + 1]  # without it the settled one would never be a newer one
+        kept = {*found[-self._keep_last :], *settled[-1:], *next_settled, best_of(found)}
         for path in found:
-            if path.name not in kept:
+            if path not in kept:
                 gone = path.with_name(f".{path.name}.partial")  # half of a checkpoint must not have its name
                 path.rename(gone)
                 shutil.rmtree(gone)

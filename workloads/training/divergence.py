@@ -6,6 +6,7 @@ them, at the latest before a row of metrics or a checkpoint, and the error still
 
 import math
 import statistics
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,13 @@ SHOWN_SOURCES = 20
 
 QUIET = 0.1
 """Nats: a loss that is usually lower is compared with this, for its noise is many times itself."""
+
+
+def runs_away(losses: Sequence[float], rule: DivergenceConfig | None) -> bool:
+    """Whether the last of ``losses`` is one for which training is stopped where it is followed by more of them."""
+    if rule is None or len(losses) < 2:
+        return False
+    return losses[-1] > rule.factor * max(statistics.median(losses[:-1]), QUIET)
 
 
 class Diverged(Failure):

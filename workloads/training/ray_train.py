@@ -41,7 +41,7 @@ def fit(worker: Callable[[dict[str, Any]], Any], payload: dict[str, Any], config
     from workloads.training.devices import torch_config
 
     if config.resume is not None:
-        run.say(f"going on from step {adopt(config.resume, run)} of {config.resume}")
+        run.say(f"going on from step {adopt(config.resume, run, config.divergence)} of {config.resume}")
     placement = check_placement(config, run.say)
     trainer = TorchTrainer(
         partial(_unless_in_vain, worker),
@@ -65,11 +65,11 @@ def fit(worker: Callable[[dict[str, Any]], Any], payload: dict[str, Any], config
         try:
             done = trainer.fit().return_value
         except TrainingFailedError as error:
-            raise Failure(f"training failed: {_cause(error)}; {what_is_left(run)}") from error
+            raise Failure(f"training failed: {_cause(error)}; {what_is_left(run, rule=config.divergence)}") from error
     if isinstance(done, UserError):
         raise done
     if isinstance(done, Diverged):
-        raise Failure(f"training was stopped: {done}; {what_is_left(run, before=done.since)}")
+        raise Failure(f"training was stopped: {done}; {what_is_left(run, done.since, config.divergence)}")
     return done
 
 
@@ -108,7 +108,10 @@ class WorkerEvents:
         export: Callable[[nn.Module], Export] | None = None,
     ) -> None:
         self.folder, self._rank, self._export = run_folder, rank, export
-        self._checkpoints = Checkpoints(run_folder / CHECKPOINTS, config.keep_last)
+        in_doubt = config.divergence.steps if config.divergence else 0
+        self._checkpoints = Checkpoints(run_folder / CHECKPOINTS, config.keep_last, in_doubt)
+        self.loaded: tuple[int, float] | None = None
+        """Step and held-out loss of the weights that ``load_best`` found."""
         self._tracker: Tracker | None = None
         self._trace = config.trace
 
@@ -144,8 +147,8 @@ class WorkerEvents:
         return history
 
     def load_best(self, model: nn.Module) -> None:
-        """Load the weights of the lowest held-out loss into ``model``."""
-        self._checkpoints.load_best(model)
+        """Load the weights of the lowest held-out loss that a checkpoint has into ``model``."""
+        self.loaded = self._checkpoints.load_best(model)
 
 
 @contextmanager

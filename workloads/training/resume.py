@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 from workbench.config import load
@@ -19,7 +20,8 @@ from workbench.run_records import flatten
 from workbench.runs import Run, resolve_run, run_id, state_of
 from workbench.tracking import WANDB_IDENTITY, read_metrics
 from workloads.training.checkpoint import best_of, complete, history_of, step_of
-from workloads.training.config import TrainingConfig
+from workloads.training.config import DivergenceConfig, TrainingConfig
+from workloads.training.divergence import runs_away
 from workloads.training.samples import read_samples
 
 CHECKPOINTS = "checkpoints"
@@ -39,8 +41,14 @@ def check_resume(config: TrainingConfig) -> None:
     state, status = state_of(folder), read_record(folder / "status.json") or {}
     if state == "finished" or (state == "running" and status.get("host") == socket.gethostname()):
         raise UserError(f"{run_id(folder)} is {state}: only a run that was cut short can be resumed")
-    if not complete(folder / CHECKPOINTS):
+    found = complete(folder / CHECKPOINTS)
+    if not found:
         raise UserError(f"{run_id(folder)} has no checkpoint to go on from: start again, without resume")
+    if not sound(found, config.divergence):
+        raise UserError(
+            f"{run_id(folder)} has no checkpoint from before its loss ran away: start again, without resume, or give "
+            "divergence=null to go on all the same"
+        )
     old = load(type(config), folder / "config.yaml", visit_paths=False)
     if changed := changes(old, config):
         raise UserError(
@@ -58,8 +66,14 @@ def changes(old: TrainingConfig, new: TrainingConfig) -> list[str]:
     return [f"{key} was {was.get(key)}, not {now.get(key)}" for key in keys]
 
 
-def adopt(reference: str, run: Run) -> int:
-    """Take over the newest and the best checkpoint, metrics and samples of the run ``reference``; returns the step.
+def sound(found: Sequence[Path], rule: DivergenceConfig | None) -> list[Path]:
+    """Those of the checkpoints ``found`` whose loss is none that ``rule`` takes for the beginning of a divergence."""
+    return [path for path in found if not runs_away(history_of(path).recent, rule)]
+
+
+def adopt(reference: str, run: Run, rule: DivergenceConfig | None) -> int:
+    """Take over the newest and the best ``sound`` checkpoint, metrics and samples of the run ``reference``; returns the
+    step of the newest.
 
     Raises UserError where an input of that run has changed since.
     """
@@ -68,7 +82,8 @@ def adopt(reference: str, run: Run) -> int:
     for name, described in now.items():
         if name in was and was[name].get("sha256") != described.get("sha256"):
             raise UserError(f"the input '{name}' of {run_id(folder)} has changed since: start again, without resume")
-    newest, best = complete(folder / CHECKPOINTS)[-1], best_of(folder / CHECKPOINTS)
+    found = sound(complete(folder / CHECKPOINTS), rule)
+    newest, best = found[-1], best_of(found)
     for checkpoint in {newest, best or newest}:
         copy_checkpoint(checkpoint, run.folder / CHECKPOINTS / checkpoint.name)
     if (folder / "tensorboard").is_dir():
@@ -107,16 +122,18 @@ def forget_after(step: int, folder: Path) -> None:
             write_atomic(folder / name, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def what_is_left(run: Run, before: int | None = None) -> str:
-    """A sentence on the last checkpoint of ``run`` (from ahead of step ``before``) and on its best adapter."""
-    found = [path for path in complete(run.folder / CHECKPOINTS) if before is None or step_of(path) < before]
+def what_is_left(run: Run, before: int | None = None, rule: DivergenceConfig | None = None) -> str:
+    """A sentence on the last checkpoint of ``run`` (from ahead of step ``before``, and ``sound``) and on its best
+    adapter."""
+    there = complete(run.folder / CHECKPOINTS)
+    found = sound([path for path in there if before is None or step_of(path) < before], rule)
     if not found:
         return f"there is no checkpoint; {run.folder / 'metrics.jsonl'} has its steps"
     told = f"the last {'good ' if before else ''}checkpoint is {found[-1]}"
     if before is None:
         config = shlex.quote(str(run.folder / "config.yaml"))
         told += f", go on from it with: workbench {run.command} {config} resume={run_id(run.folder)}"
-    best = best_of(run.folder / CHECKPOINTS)
+    best = best_of(found)
     if best is not None and (best / "adapter").is_dir():
         loss = history_of(best).validation[-1][1]
         told += f"; the best adapter so far (held-out loss {loss:.3f}) is {best / 'adapter'}"
