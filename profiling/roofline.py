@@ -16,6 +16,7 @@ from pydantic import Field
 
 from cluster.placement import place_here
 from profiling.model_work import ModelShape, Work, read_shape
+from profiling.reasons import reason
 from workbench.config import InputPath
 from workbench.errors import Failure, UserError
 from workbench.resources import Placed
@@ -48,16 +49,22 @@ class RooflineConfig(Placed):
 
 
 def run(config: RooflineConfig, run: Run) -> Summary:
-    """Measure the roof and the model on one worker. Raises UserError for a model that is none."""
+    """Measure the roof and the model on one worker. Raises UserError for a model that is none, Failure where the
+    worker fails or dies."""
     import ray
 
     shape, _ = read_shape(config.model, BYTES[config.dtype])
+    if shape.quantised and config.train_run is not None:
+        raise UserError(
+            "train_run: the work of a training over quantised weights is not known here: leave train_run out, or give "
+            "as model the config without quantization_config"
+        )
     placement = place_here(config.request(), run.say)
     task = ray.remote(max_retries=0)(measure_device).options(**placement.options())
     try:
         measured = ray.get(task.remote(config.model_dump(mode="json")))
-    except ray.exceptions.RayTaskError as error:
-        raise Failure(f"{type(error.cause).__name__}: {str(error.cause).splitlines()[0]}") from None
+    except ray.exceptions.RayError as error:
+        raise Failure(f"the measurement ended: {reason(error)}") from None
     rate, bandwidth = measured["operations_per_second"], measured["bytes_per_second"]
     run.say(f"{measured['device']}: {rate / 1e12:.3f} TFLOP/s in {config.dtype}, {bandwidth / 1e9:.1f} GB/s")
     rows = [
@@ -67,6 +74,8 @@ def run(config: RooflineConfig, run: Run) -> Summary:
     if config.train_run is not None:
         rows.append(_of_run(config, shape, rate, bandwidth))
     note = f"{measured['device']}, {config.dtype}; {shape.all_weights / 1e6:,.1f} million weights. Both roofs measured."
+    if shape.quantised:
+        note += f" Weights of {8 * shape.weight_bytes:g} bits: limits alone, of prefill and decode."
     run.report.figure("Roofline", roofline(rows, rate, bandwidth), note=note)
     run.report.table("Work, limit and measurement", rows, note="Limit: no faster by these two figures of the device.")
     return {
@@ -79,10 +88,12 @@ def run(config: RooflineConfig, run: Run) -> Summary:
 
 
 def works(config: RooflineConfig, shape: ModelShape) -> dict[str, Work]:
-    """What is drawn, by name."""
+    """What is drawn, by name; of quantised weights, which AdamW does not train, no training step."""
     decoded = {f"decode x{count}": shape.decode(count, config.prompt) for count in config.decode}
-    trained = shape.training(config.train_sequences, config.prompt)
-    return {"prefill": shape.prefill(1, config.prompt), **decoded, "training step": trained}
+    found = {"prefill": shape.prefill(1, config.prompt), **decoded}
+    if shape.quantised:
+        return found
+    return {**found, "training step": shape.training(config.train_sequences, config.prompt)}
 
 
 def row_of(name: str, work: Work, seconds: float | None, rate: float, bandwidth: float) -> dict[str, Any]:
@@ -151,32 +162,36 @@ def _measure_roof(config: RooflineConfig, device: Any, dtype: Any) -> tuple[floa
 
 
 def _measure_model(config: RooflineConfig, device: Any, dtype: Any) -> dict[str, float]:
-    """Seconds of each work with random weights; what does not fit is left out."""
+    """Seconds of each work with random weights; what does not fit is left out, and all of it where the weights are
+    quantised: random ones are not."""
     import torch
     from transformers import AutoModelForCausalLM, DynamicCache
 
-    _, made = read_shape(config.model, BYTES[config.dtype])
+    shape, made = read_shape(config.model, BYTES[config.dtype])
     seconds: dict[str, float] = {}
-    with device:
-        model: Any = AutoModelForCausalLM.from_config(made).to(dtype)
-    ids = torch.randint(0, made.get_text_config(decoder=True).vocab_size, (1, config.prompt), device=device)
+    if shape.quantised:
+        return seconds
+    most = max(*config.decode, config.train_sequences)  # each sequence of its own tokens, which draw their own experts
+    ids = torch.randint(0, made.get_text_config(decoder=True).vocab_size, (most, config.prompt), device=device)
     try:
+        with device:
+            model: Any = AutoModelForCausalLM.from_config(made, dtype=dtype)
         model.eval()
         with torch.no_grad():
-            seconds["prefill"] = _median(lambda: model(ids, logits_to_keep=1), device, config.rounds)
+            seconds["prefill"] = _median(lambda: model(ids[:1], logits_to_keep=1), device, config.rounds)
             for count in config.decode:
                 cache = DynamicCache(config=made)
-                model(ids.expand(count, -1), past_key_values=cache, use_cache=True, logits_to_keep=1)
-                last = ids[:, :1].expand(count, -1)
+                model(ids[:count], past_key_values=cache, use_cache=True, logits_to_keep=1)
+                last = ids[:count, :1]
 
                 def step(cache: Any = cache, last: Any = last) -> None:
                     model(last, past_key_values=cache, use_cache=True)
-                    cache.crop(config.prompt)
+                    cache.crop(-1)
 
                 seconds[f"decode x{count}"] = _median(step, device, config.rounds)
         model.train()
         optimizer = torch.optim.AdamW(model.parameters(), fused=device.type == "cuda")
-        rows = ids.expand(config.train_sequences, -1)
+        rows = ids[: config.train_sequences]
 
         def train() -> None:
             model(rows, labels=rows).loss.backward()
