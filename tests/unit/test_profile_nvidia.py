@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from card_sensors import unaccounted
 from lab.cards import RTX_5090, RTX_PRO_6000, Card, library, write_cards
 
 from profiling import nvidia
@@ -115,6 +116,12 @@ def test_what_a_card_lacks_is_named_and_not_read_as_zero(seen: dict[str, Any]) -
     }
 
 
+def test_each_card_reads_or_names_every_sensor(seen: dict[str, Any]) -> None:
+    read = {(metric, device) for metric, device, _ in seen["readings"]}
+    assert not unaccounted(read, seen["missing"], cards=2)
+    assert unaccounted(read - {("gpu.temperature", "0")}, seen["missing"], cards=2) == ["gpu.temperature of card 0"]
+
+
 def test_reading_does_not_wait_for_the_pcie_counters(seen: dict[str, Any]) -> None:
     assert not seen["waits"]  # a thread of its own does
     assert seen["facts"]["pcie_hertz"] > 1
@@ -203,14 +210,17 @@ def test_the_faults_that_were_planted_are_found(recorded: tuple[Recording, Any, 
 
 def test_the_lanes_of_a_card_are_those_that_it_has_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvidia, "PCI_DEVICES", tmp_path)
-    nvml = SimpleNamespace(nvmlDeviceGetPciInfo=lambda handle: SimpleNamespace(busId="00000000:C1:00.0"))
-    assert nvidia._card_width(nvml, None) is None  # no Linux, or a container without /sys
+    nvml = SimpleNamespace(
+        nvmlDeviceGetPciInfo=lambda handle: SimpleNamespace(busId="00000000:C1:00.0"),
+        nvmlDeviceGetMaxPcieLinkWidth=lambda handle: 4,  # the slot's
+    )
+    assert nvidia.card_width(nvml, None) == 4  # no Linux, or a container without /sys
     device = tmp_path / "0000:c1:00.0"
     device.mkdir()
     (device / "vendor").write_text("0x10de\n")
-    for told, width in {"16": 16, "255": None, "x": None}.items():
+    for told, width in {"16": 16, "255": 4, "x": 4}.items():
         (device / "max_link_width").write_text(told + "\n")
-        assert nvidia._card_width(nvml, None) == width
+        assert nvidia.card_width(nvml, None) == width
     (device / "max_link_width").write_text("16\n")
     (device / "vendor").write_text("0x1af4\n")
-    assert nvidia._card_width(nvml, None) is None
+    assert nvidia.card_width(nvml, None) == 4
