@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from profiling.nvidia import card_width
+
 HOST = torch.device("cpu")
 LEAST_SECONDS = 0.005
 """A round lasts about so long at least, or is one copy."""
@@ -160,7 +162,7 @@ def link_of(card: torch.device) -> dict[str, Any]:
             "generation": pynvml.nvmlDeviceGetCurrPcieLinkGeneration(handle),
             "width": pynvml.nvmlDeviceGetCurrPcieLinkWidth(handle),
             "generation_max": pynvml.nvmlDeviceGetMaxPcieLinkGeneration(handle),
-            "width_max": pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle),
+            "width_max": card_width(pynvml, handle),
         }
     except pynvml.NVMLError as error:
         return {"missing": str(error)}

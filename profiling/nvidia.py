@@ -175,7 +175,7 @@ class NvidiaSampler:
             "uuid": lambda: nvml.nvmlDeviceGetUUID(handle),
             "memory_bytes": lambda: nvml.nvmlDeviceGetMemoryInfo(handle).total,
             "pcie_generation_max": lambda: nvml.nvmlDeviceGetMaxPcieLinkGeneration(handle),
-            "pcie_width_max": lambda: _card_width(nvml, handle) or nvml.nvmlDeviceGetMaxPcieLinkWidth(handle),
+            "pcie_width_max": lambda: card_width(nvml, handle),
             "power_limit": lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
             "sm_clock_max": lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM),
         }
@@ -196,15 +196,16 @@ class NvidiaSampler:
             self._running, self._handles, self._fast, self._slow = False, {}, [], []
 
 
-def _card_width(nvml: Any, handle: Any) -> int | None:
-    """The lanes that the card itself has, by Linux; NVML tells no more than the slot has. None where Linux is silent.
+def card_width(nvml: Any, handle: Any) -> int:
+    """The lanes that the card itself has, by Linux; NVML, asked where Linux is silent, tells no more than the slot has.
 
-    Source: the kernel's Documentation/ABI/testing/sysfs-bus-pci, ``max_link_width``.
+    Source: the kernel's Documentation/ABI/testing/sysfs-bus-pci, ``max_link_width``. Raises NVMLError where neither
+    tells.
     """
     domain, _, rest = nvml.nvmlDeviceGetPciInfo(handle).busId.lower().partition(":")
     device = PCI_DEVICES / f"{domain[-4:]}:{rest}"
     try:
         vendor, width = (device / "vendor").read_text().strip(), int((device / "max_link_width").read_text())
     except (OSError, ValueError):
-        return None
-    return width if vendor == NVIDIA and 0 < width <= MOST_LANES else None
+        vendor, width = "", 0
+    return width if vendor == NVIDIA and 0 < width <= MOST_LANES else int(nvml.nvmlDeviceGetMaxPcieLinkWidth(handle))

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from profiling import copies
+from profiling import copies, nvidia
 from profiling.copies import HOST, Way, measure
 from profiling.nvbandwidth import read_answer, run_nvbandwidth
 from profiling.pcie import PcieConfig, _limit, heat_map
@@ -55,6 +56,25 @@ def test_both_directions_run_on_streams_of_the_card_itself(monkeypatch: pytest.M
     card = torch.device("cuda", 1)
     copies._runner(Way("x", HOST, card, pinned=True, both=True), [(None, None, None)] * 2)  # type: ignore[list-item]
     assert made == [card, card]
+
+
+def test_the_best_width_of_a_link_is_the_cards_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import pynvml
+
+    (tmp_path / "0000:c1:00.0").mkdir()
+    for name, told in {"vendor": "0x10de", "max_link_width": "16"}.items():
+        (tmp_path / "0000:c1:00.0" / name).write_text(f"{told}\n")
+    monkeypatch.setattr(nvidia, "PCI_DEVICES", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda card: SimpleNamespace(uuid="x"))
+    answers = {
+        "Init": None, "DeviceGetHandleByUUID": None, "DeviceGetCurrPcieLinkGeneration": 4,
+        "DeviceGetCurrPcieLinkWidth": 4, "DeviceGetMaxPcieLinkGeneration": 4, "DeviceGetMaxPcieLinkWidth": 4,
+        "DeviceGetPciInfo": SimpleNamespace(busId="00000000:C1:00.0"),
+    }  # fmt: skip
+    for name, answer in answers.items():
+        monkeypatch.setattr(pynvml, f"nvml{name}", lambda *_, answer=answer: answer)
+    link = copies.link_of(torch.device("cuda", 0))
+    assert (link["width"], link["width_max"]) == (4, 16)  # an x16 card in a slot of four lanes
 
 
 LINKS = {"0": {"generation": 5, "width": 16}, "1": {"generation": 4, "width": 4}, "2": {"missing": "NVML"}}
