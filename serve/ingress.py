@@ -86,11 +86,12 @@ def build_application(models: "list[Served]", settings: GatewayConfig, ingress_c
     from starlette.exceptions import HTTPException
 
     names = [(name, model) for model in models for name in (model.name, *model.adapters)]
+    base = {name: model.name for name, model in names}
     app = init()
     app.add_exception_handler(HTTPException, openai_error)
     app.add_exception_handler(RequestValidationError, invalid_request)
     # added last, so it runs first
-    app.add_middleware(Gateway, settings=settings, healthy=Deployments({name: model.name for name, model in names}))
+    app.add_middleware(Gateway, settings=settings, healthy=Deployments(base), base=base)
     options: dict[str, Any] = OpenAiIngress.get_deployment_options([model.config for model in models])
     options["ray_actor_options"] = {"num_cpus": ingress_cpus}
     options["graceful_shutdown_timeout_s"] = settings.drain_seconds

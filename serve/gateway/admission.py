@@ -1,4 +1,4 @@
-"""How many requests are at a model's engine at once, and how many may wait for it."""
+"""How many requests are at an engine at once, and how many may wait for it."""
 
 import asyncio
 import math
@@ -11,7 +11,7 @@ from serve.gateway.settings import ModelPolicy
 
 
 class Admission:
-    """The places at one model's engine, of which each gateway replica has its share."""
+    """The places at one engine, of which each gateway replica has its share; ``model`` is the engine's own name."""
 
     def __init__(self, model: str, policy: ModelPolicy, replicas: int) -> None:
         self._model = model

@@ -1,6 +1,6 @@
 """The gateway as ASGI middleware: the outermost layer of the ingress, so that nothing behind it is reached round it.
 
-    app.add_middleware(Gateway, settings=GatewayConfig(...), healthy=...)
+    app.add_middleware(Gateway, settings=GatewayConfig(...), healthy=..., base={"adapter": "model"})
 
 Without a key only ``/health``, ``/ready`` and the page ``/chat`` answer. With one the OpenAI endpoints go through
 ``relay``, ``/metrics`` and ``/v1/feedback`` are the gateway's own, and everything else is 404.
@@ -9,7 +9,7 @@ Without a key only ``/health``, ``/ready`` and the page ``/chat`` answer. With o
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -53,10 +53,10 @@ log = logging.getLogger("workbench.gateway")
 class State:
     """What a gateway process holds open."""
 
-    def __init__(self, settings: GatewayConfig, inside: InsideEngine | None) -> None:
+    def __init__(self, settings: GatewayConfig, inside: InsideEngine | None, base: Mapping[str, str]) -> None:
         self.store: KeyStore = open_store(settings.store)
         self.quota = Quota(self.store)
-        self.lines = Lines(settings, inside)
+        self.lines = Lines(settings, inside, base)
         self.metrics = Metrics()
         self.logger = access_log.open_log(settings.log_file)
         self.recorder = _recorder(settings)
@@ -70,11 +70,13 @@ class Gateway:
     """The middleware. Its state is made at the first request, because Serve sends it to its process by pickle."""
 
     def __init__(
-        self, app: "ASGIApp | None", settings: GatewayConfig, healthy: Callable[[str], bool] = lambda model: True
-    ) -> None:
+        self, app: "ASGIApp | None", settings: GatewayConfig, healthy: Callable[[str], bool] = lambda model: True,
+        base: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self._app = app
         self._settings = settings
         self._healthy = healthy
+        self._base = base or {}
         self._state: State | None = None
 
     @property
@@ -82,7 +84,7 @@ class Gateway:
         """The open store, the lines and the metrics."""
         if self._state is None:
             inside = InsideEngine(self._app, self._healthy) if self._app else None
-            self._state = State(self._settings, inside)
+            self._state = State(self._settings, inside, self._base)
         return self._state
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:

@@ -1,4 +1,4 @@
-"""A circuit breaker for each model, by ``pybreaker``: after faults in a row it refuses at once, then lets one try.
+"""A circuit breaker for each engine, by ``pybreaker``: after faults in a row it refuses at once, then lets one try.
 
 Nygard, *Release It!*. A request that ends with neither an answer nor a fault (its client left) counts for nothing.
 """
@@ -17,7 +17,7 @@ class Fault(Exception):
 
 
 class Breaker:
-    """The state of one model's engine as its answers show it."""
+    """The state of one engine as its answers show it; ``model`` is the engine's own name."""
 
     def __init__(self, model: str, policy: ModelPolicy) -> None:
         self._model = model

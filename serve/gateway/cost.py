@@ -1,4 +1,4 @@
-"""What a request costs: its share of the time that the model's cards were in use.
+"""What a request costs: its share of the time that the engine's cards were in use.
 
 While n requests run, each bears 1/n of every second. This is the virtual time of processor sharing (Kleinrock, 1967):
 V grows by dt / n, a request costs what V grew while it ran, and the costs of all sum to the time in use.
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 
 class Meter:
-    """The virtual time of one model."""
+    """The virtual time of one engine."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from serve.gateway.admission import Admission
@@ -16,15 +17,15 @@ LIST_SECONDS = 10.0
 
 
 class Line:
-    """One model."""
+    """One model. An adapter shares the places, the breaker and the meter of ``base``, whose engine answers for it."""
 
-    def __init__(self, model: str, engine: Engine, settings: GatewayConfig) -> None:
+    def __init__(self, model: str, engine: Engine, settings: GatewayConfig, base: "Line | None" = None) -> None:
         self.model = model
         self.engine = engine
         self.policy = settings.policy(model)
-        self.admission = Admission(model, self.policy, settings.replicas)
-        self.breaker = Breaker(model, self.policy)
-        self.meter = Meter()
+        self.admission: Admission = base.admission if base else Admission(model, self.policy, settings.replicas)
+        self.breaker: Breaker = base.breaker if base else Breaker(model, self.policy)
+        self.meter: Meter = base.meter if base else Meter()
 
     @property
     def name_there(self) -> str:
@@ -33,11 +34,15 @@ class Line:
 
 
 class Lines:
-    """All models: those of the engines under the gateway, and those of other servers."""
+    """All models: those of the engines under the gateway, and those of other servers.
 
-    def __init__(self, settings: GatewayConfig, inside: Engine | None) -> None:
+    ``base`` gives the name of the engine's own model for each adapter.
+    """
+
+    def __init__(self, settings: GatewayConfig, inside: Engine | None, base: Mapping[str, str]) -> None:
         self._settings = settings
         self._inside = inside
+        self._base = base
         self._lines = {name: Line(name, HttpEngine(name, up), settings) for name, up in settings.upstreams.items()}
         self._cards: dict[str, dict[str, Any]] = {}
         self._asked_at = -LIST_SECONDS
@@ -62,7 +67,15 @@ class Lines:
         if model not in self._lines:
             if self._inside is None or model not in await self.cards():
                 raise model_unknown(model)
-            self._lines[model] = Line(model, self._inside, self._settings)
+            self._open(model, self._inside)
+        return self._lines[model]
+
+    def _open(self, model: str, inside: Engine) -> Line:
+        if model not in self._lines:
+            base = self._base.get(model, model)
+            self._lines[model] = Line(
+                model, inside, self._settings, self._open(base, inside) if base != model else None
+            )
         return self._lines[model]
 
     def open_lines(self) -> list[Line]:

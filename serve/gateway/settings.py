@@ -18,7 +18,11 @@ from workbench.config import Config, OutputPath, resolve_path, runs_root
 
 
 class ModelPolicy(Config):
-    """How one model is protected, and what it costs."""
+    """How one model is protected, and what it costs.
+
+    An adapter has the base's engine: there ``concurrency``, ``queue``, ``queue_timeout`` and ``breaker_*`` are the
+    base's, the others those of its own name.
+    """
 
     concurrency: int = Field(default=256, ge=1, description="Requests at the engine at once, over all gateway replicas")
     queue: int = Field(default=256, ge=0, description="Requests that may wait for it; past them 503 at once")

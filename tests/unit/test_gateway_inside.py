@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sqlite3
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ HEADERS = {"Authorization": "Bearer wb-key"}
 class Ingress:
     """An application with the layers that Ray's has, and what it has seen."""
 
-    def __init__(self, settings: GatewayConfig) -> None:
+    def __init__(self, settings: GatewayConfig, adapters: tuple[str, ...]) -> None:
         self.bodies: list[Any] = []
         self.headers: list[dict[str, str]] = []
         self.cancelled = 0
@@ -33,7 +34,8 @@ class Ingress:
 
         @app.get("/v1/models")
         async def models() -> Any:
-            return {"object": "list", "data": [{"id": "tiny", "metadata": {"max_request_context_length": 64}}]}
+            card = {"metadata": {"max_request_context_length": 64}}
+            return {"object": "list", "data": [{"id": name, **card} for name in ("tiny", *adapters)]}
 
         @app.post("/v1/chat/completions")
         async def chat(request: Request) -> Response:
@@ -50,6 +52,8 @@ class Ingress:
                 if body.get("stream"):
                     return StreamingResponse(self._stream(text, error), media_type="text/event-stream")
                 return JSONResponse({"error": error}, 400)
+            if text == "nap":
+                await asyncio.sleep(0.5)
             if text == "wait":
                 self.started.set()
                 try:
@@ -74,7 +78,8 @@ class Ingress:
             return await call_next(request)  # type: ignore[no-any-return]
 
         app.add_middleware(BaseHTTPMiddleware, dispatch=passed)
-        app.add_middleware(Gateway, settings=settings, healthy=lambda model: model == "tiny")
+        base = dict.fromkeys(adapters, "tiny")
+        app.add_middleware(Gateway, settings=settings, healthy=lambda model: model == "tiny", base=base)
 
     async def _stream(self, text: str, error: dict[str, Any] | None = None) -> AsyncIterator[str]:
         """A chunk a word; an ``error`` in place of the word ``secret``."""
@@ -98,10 +103,10 @@ def rows(log: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
-async def made(tmp_path: Path, **more: Any) -> tuple[Ingress, httpx.AsyncClient]:
+async def made(tmp_path: Path, adapters: tuple[str, ...] = (), **more: Any) -> tuple[Ingress, httpx.AsyncClient]:
     settings = GatewayConfig(store=f"sqlite:///{tmp_path / 'gateway.db'}", **more)
     await open_store(settings.store).add(key_of("wb-key", "operator"))
-    ingress = Ingress(settings)
+    ingress = Ingress(settings, adapters)
     transport = httpx.ASGITransport(ingress.app, raise_app_exceptions=False)
     return ingress, httpx.AsyncClient(transport=transport, base_url="http://x", headers=HEADERS)
 
@@ -257,7 +262,52 @@ def test_a_form_goes_to_the_model_of_its_route(tmp_path: Path, asked: str) -> No
         assert (answer.status_code, answer.headers["x-served-model"]) == (200, "tiny")
         assert ingress.bodies == [{"model": "tiny", "language": "de", "file": b"\0\r\n--\xff", "name": "a.wav"}]
 
+
+# Adapters
+
+
+async def cost(client: httpx.AsyncClient, model: str) -> float:
+    found = f'workbench_cost_total{{model="{model}",owner="operator"}} '
+    lines = (await client.get("/metrics")).text.splitlines()
+    return float(next(line for line in lines if line.startswith(found)).removeprefix(found))
+
+
+def test_a_base_and_its_adapters_are_billed_the_time_of_their_one_engine(tmp_path: Path) -> None:
+    async def work() -> None:
+        names = ("tiny", "polite", "terse")
+        policies = {"defaults": {"price_per_hour": 3600.0}, "models": {"terse": {"price_per_hour": 7200.0}}}
+        _, client = await made(tmp_path, names[1:], **policies)
+        begun = time.perf_counter()
+        await asyncio.gather(*(client.post("/v1/chat/completions", json=ask("nap", model=name)) for name in names))
+        wall = time.perf_counter() - begun
+        shares = [await cost(client, name) / price for name, price in zip(names, (1, 1, 2), strict=True)]
+        assert 0.5 <= sum(shares) <= wall
+        assert min(shares) > 0.1
+
     asyncio.run(work())
+
+
+def test_an_adapter_has_the_places_and_the_breaker_of_its_base(tmp_path: Path) -> None:
+    async def work() -> None:
+        policy = {"concurrency": 1, "queue": 0, "retries": 0, "breaker_failures": 1}
+        ingress, client = await made(tmp_path, ("polite",), models={"tiny": policy, "polite": {"retries": 0}})
+
+        async def asked(text: str, model: str) -> Any:
+            return (await client.post("/v1/chat/completions", json=ask(text, model=model))).json()
+
+        waiting = asyncio.create_task(asked("wait", "polite"))  # it comes first, and finds the base's limits
+        await ingress.started.wait()
+        for model in ("tiny", "polite"):
+            assert (await asked("hello", model))["error"]["code"] == "overloaded"
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        assert (await asked("fail", "polite"))["error"]["code"] == "engine_unavailable"
+        assert (await asked("hello", "tiny"))["error"]["code"] == "breaker_open"
+
+    asyncio.run(work())
+
+
+# Readiness
 
 
 def test_readiness_is_what_the_engines_own_health_says(tmp_path: Path) -> None:
