@@ -68,6 +68,12 @@ class KeyStore(Protocol):
     async def usage(self, key_id: str, month: str) -> Usage:
         """What a key has used in ``month``."""
 
+    async def owe(self, name: str, seconds: float) -> None:
+        """Add to a debt, which time pays off: one second of it each second."""
+
+    async def owed(self, name: str) -> float:
+        """The seconds until a debt is paid off; 0 for none."""
+
     async def alive(self) -> bool:
         """Whether the store answers."""
 

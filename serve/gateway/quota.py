@@ -1,8 +1,9 @@
-"""What a key may still use: requests and tokens a minute by the ``limits`` library, and a budget for a month.
+"""What a key may still use: requests and tokens a minute, and a budget for a month.
 
-Requests are counted before they run, in a window that slides. Tokens and cost are known after: a request is let in
-while there is something left, and what it used is charged then. So a key can pass its tokens once by what it has in
-flight, and waits the longer for it.
+Requests are counted before they run, by the ``limits`` library in a window that slides. Tokens and cost are known
+after: a request is let in while there is something left, and what it used is charged then. Tokens are a leaky bucket
+that holds a minute's (the generic cell rate algorithm, ITU-T I.371): what a key has in flight can pass the bucket's
+edge, and the key then waits until as much has leaked out that there is room again.
 """
 
 import calendar
@@ -10,12 +11,13 @@ import time
 
 from limits import RateLimitItemPerMinute
 from limits.aio.storage import Storage
-from limits.aio.strategies import FixedWindowRateLimiter, SlidingWindowCounterRateLimiter
+from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from limits.storage import storage_from_string
 
 from serve.gateway.api_keys import ApiKey, KeyStore, Usage, month
 from serve.gateway.errors import over_limit
 
+MINUTE = 60.0
 SWEEP = 1000
 """Charges after which counters that have expired are deleted; Redis does so itself."""
 
@@ -39,7 +41,6 @@ class Quota:
         self._counters = storage = counters(store.uri)
         self._charges = 0
         self._requests = SlidingWindowCounterRateLimiter(storage)
-        self._tokens = FixedWindowRateLimiter(storage)
 
     async def admit(self, key: ApiKey) -> list[tuple[bytes, bytes]]:
         """Count a request of ``key``; headers that tell what is left. Raises ApiError 429 where nothing is."""
@@ -51,12 +52,12 @@ class Quota:
                 message = f"This key has spent its budget of {key.budget:g} for the month."
                 raise over_limit(message, _next_month(now) - now, "insufficient_quota")
         if key.tokens_per_minute:
-            item = RateLimitItemPerMinute(key.tokens_per_minute)
-            stats = await self._tokens.get_window_stats(item, "tokens", key.id)
-            if stats.remaining < 1:
+            token = MINUTE / key.tokens_per_minute
+            room = MINUTE - await self._store.owed(_tokens(key))
+            if room < token:
                 message = f"This key has used its {key.tokens_per_minute} tokens a minute."
-                raise over_limit(message, stats.reset_time - time.time())
-            headers += _told("tokens", key.tokens_per_minute, stats.remaining)
+                raise over_limit(message, token - room)
+            headers += _told("tokens", key.tokens_per_minute, int(room * key.tokens_per_minute / MINUTE))
         if key.requests_per_minute:
             item = RateLimitItemPerMinute(key.requests_per_minute)
             let_in = await self._requests.hit(item, "requests", key.id)
@@ -71,11 +72,15 @@ class Quota:
         """Note what a request of ``key`` has used."""
         tokens = used.prompt_tokens + used.completion_tokens
         if key.tokens_per_minute and tokens:
-            await self._tokens.hit(RateLimitItemPerMinute(key.tokens_per_minute), "tokens", key.id, cost=tokens)
+            await self._store.owe(_tokens(key), tokens * MINUTE / key.tokens_per_minute)
         await self._store.charge(key.id, month(time.time()), used)
         self._charges += 1
         if self._charges % SWEEP == 0 and hasattr(self._counters, "sweep"):
             await self._counters.sweep()
+
+
+def _tokens(key: ApiKey) -> str:
+    return f"tokens/{key.id}"
 
 
 def _told(what: str, limit: int, remaining: int) -> list[tuple[bytes, bytes]]:

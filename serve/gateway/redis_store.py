@@ -10,6 +10,17 @@ from serve.gateway.api_keys import ApiKey, Usage
 
 KEYS = "workbench:keys"
 USAGE = "workbench:usage"
+OWED = "workbench:owed"
+OWE = """
+local time = redis.call('time')
+local now = time[1] + time[2] / 1e6
+local left = math.max(redis.call('get', KEYS[1]) or 0, now) + ARGV[1] - now
+if tonumber(ARGV[1]) > 0 then
+    redis.call('set', KEYS[1], string.format('%.6f', now + left), 'PX', math.ceil(left * 1000))
+end
+return string.format('%.6f', left)
+"""
+"""Adds ARGV[1] seconds to the debt KEYS[1], kept as the Unix time at which it is paid off; the seconds until then."""
 COUNTS = ("requests", "prompt_tokens", "completion_tokens")
 SECONDS = 2.0
 """An answer of Redis takes no longer, or counts as none."""
@@ -21,6 +32,7 @@ class RedisStore:
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self._redis: Any = Redis.from_url(uri, socket_timeout=SECONDS, socket_connect_timeout=SECONDS)
+        self._owe: Any = self._redis.register_script(OWE)
 
     async def find(self, key_digest: str) -> ApiKey | None:
         """The key with this digest."""
@@ -56,6 +68,14 @@ class RedisStore:
         }
         requests, prompt, completion = (int(found.get(name, 0)) for name in COUNTS)
         return Usage(requests, prompt, completion, float(found.get("cost", 0)))
+
+    async def owe(self, name: str, seconds: float) -> None:
+        """Add to a debt."""
+        await self._owe([f"{OWED}:{name}"], [seconds])
+
+    async def owed(self, name: str) -> float:
+        """The seconds until a debt is paid off; 0 for none."""
+        return float(await self._owe([f"{OWED}:{name}"], [0]))
 
     async def alive(self) -> bool:
         """Whether Redis answers."""

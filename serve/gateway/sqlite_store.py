@@ -121,6 +121,21 @@ class SqliteStore:
         ).fetchone()
         return Usage(*row) if row else Usage()
 
+    @patient
+    async def owe(self, name: str, seconds: float) -> None:
+        """Add to a debt: a counter that expires when it is paid off."""
+        now = time.time()
+        self._database.execute(
+            "insert into counters values (?1, 0, ?2 + ?3) on conflict (name) do update set "
+            "expires = max(expires, ?2) + ?3",
+            (name, now, seconds),
+        )
+
+    async def owed(self, name: str) -> float:
+        """The seconds until a debt is paid off; 0 for none."""
+        row = self._database.execute("select expires from counters where name = ?", (name,)).fetchone()
+        return max(float(row[0]) - time.time(), 0.0) if row else 0.0
+
     async def alive(self) -> bool:
         """Whether the file can be read."""
         try:

@@ -17,6 +17,8 @@ from gateways import Server, bad_engine, free_port, gateway, started_program
 
 from serve import observe, replay
 from serve.gateway.api_keys import Usage, key_of, month, open_store
+from serve.gateway.errors import ApiError
+from serve.gateway.quota import Quota
 from serve.gateway.record import read_rows
 from serve.observe import ObserveConfig
 from serve.replay import ReplayConfig
@@ -102,6 +104,27 @@ def test_keys_limits_and_use_are_shared_through_redis_and_a_dead_one_is_told(red
         assert (dead.status_code, dead.json()["error"]["code"]) == (503, "store_unavailable")
         assert httpx.get(f"{first.url}/health").status_code == 200
         assert httpx.get(f"{first.url}/ready", timeout=LONG).status_code == 503
+
+
+def test_tokens_that_pass_the_limit_are_owed_in_redis(redis: Server) -> None:
+    key = key_of("wb-x", "alice", tokens_per_minute=600)
+
+    async def work() -> None:
+        stores = [open_store(redis.url.replace("http", "redis") + "/0") for _ in range(2)]
+        quotas = [Quota(store) for store in stores]
+        assert (b"x-ratelimit-remaining-tokens", b"600") in await quotas[0].admit(key)
+        for quota in quotas:
+            await quota.charge(key, Usage(1, 300, 20))  # 32 s of its rate
+        with pytest.raises(ApiError) as refused:
+            await quotas[1].admit(key)
+        wait = refused.value.retry_after or 0.0
+        assert 0.0 < wait <= 4.1
+        await asyncio.sleep(wait + 0.05)
+        await quotas[0].admit(key)
+        for store in stores:
+            await store.close()
+
+    asyncio.run(work())
 
 
 # Prometheus

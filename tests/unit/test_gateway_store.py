@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 from limits import RateLimitItemPerMinute
-from limits.aio.strategies import FixedWindowRateLimiter, SlidingWindowCounterRateLimiter
+from limits.aio.strategies import SlidingWindowCounterRateLimiter
 
-from serve.gateway.api_keys import Usage, new_key, open_store
+from serve.gateway.api_keys import Usage, key_of, new_key, open_store
+from serve.gateway.errors import ApiError
+from serve.gateway.quota import Quota
 from serve.gateway.sqlite_store import SqliteCounters
 from workbench.errors import UserError
 
@@ -92,22 +94,50 @@ def test_half_of_the_last_window_counts_half_way_through_this_one(
     assert asyncio.run(work()) == 5
 
 
-def test_a_charge_past_the_limit_counts_until_the_window_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_past_the_limit_are_waited_for_at_its_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1_800_000_000.0
     monkeypatch.setattr("time.time", lambda: now)
-    item = RateLimitItemPerMinute(100)
+    key = key_of("wb-x", "alice", tokens_per_minute=10)
+    left = b"x-ratelimit-remaining-tokens"
 
     async def work() -> None:
         nonlocal now
-        limiter = FixedWindowRateLimiter(SqliteCounters(f"async+{uri(tmp_path)}"))
-        assert await limiter.test(item, "k")
-        await limiter.hit(item, "k", cost=250)
-        assert (await limiter.get_window_stats(item, "k")).remaining == 0
-        assert (await limiter.get_window_stats(item, "k")).reset_time == now + 60
-        now += 61
-        assert (await limiter.get_window_stats(item, "k")).remaining == 100
+        quotas = [Quota(open_store(uri(tmp_path))) for _ in range(2)]  # two replicas
+        for _ in range(50):
+            assert (left, b"10") in await quotas[0].admit(key)  # all at once
+        await asyncio.gather(*(quotas[i % 2].charge(key, Usage(1, 7, 5)) for i in range(50)))
+        for waited in (0, 61, 3400):  # 600 tokens are 3600 s; with less than 54 s left there is room for one
+            now = 1_800_000_000.0 + waited
+            with pytest.raises(ApiError) as refused:
+                await quotas[0].admit(key)
+            assert refused.value.retry_after == pytest.approx(3546 - waited)
+        now = 1_800_000_000.0 + 3546.5
+        assert (left, b"1") in await quotas[1].admit(key)
+        now += 1000.0
+        assert (left, b"10") in await quotas[1].admit(key)  # no more than a minute's are saved up
 
     asyncio.run(work())
+
+
+def test_over_an_hour_a_key_that_always_asks_gets_its_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1_800_000_000.0
+    monkeypatch.setattr("time.time", lambda: now)
+    key = key_of("wb-x", "alice", tokens_per_minute=100)
+
+    async def work() -> int:
+        nonlocal now
+        quota, used = Quota(open_store(uri(tmp_path))), 0
+        while now < 1_800_000_000.0 + 3600:
+            try:
+                await quota.admit(key)
+            except ApiError:
+                now += 5.0
+            else:
+                await quota.charge(key, Usage(1, 200, 37))
+                used += 237
+        return used
+
+    assert 60 * 100 <= asyncio.run(work()) <= 61 * 100 + 237
 
 
 # A lock
