@@ -104,7 +104,7 @@ def alerts(config: ObserveConfig) -> dict[str, Any]:
              "{{ $labels.model }}: {{ $value | humanizePercentage }} of the requests fail."),
         rule("FirstTokenSlow", f"{first} > {config.first_token_seconds}", 5, "warning",
              "{{ $labels.model }}: p95 to the first token is {{ $value | humanizeDuration }}."),
-        rule("BreakerOpen", "max by (model) (workbench_breaker_open) == 1", 1, "critical",
+        rule("BreakerOpen", "max by (model) (workbench_breaker_open) > 0", 1, "critical",
              "{{ $labels.model }}: its engine failed and is not asked."),
         rule("RequestsWait", "sum by (model) (workbench_waiting) > 0", 5, "warning",
              "{{ $labels.model }}: requests wait for a place since five minutes; add a replica."),

@@ -56,8 +56,8 @@ class State:
     def __init__(self, settings: GatewayConfig, inside: InsideEngine | None, base: Mapping[str, str]) -> None:
         self.store: KeyStore = open_store(settings.store)
         self.quota = Quota(self.store)
-        self.lines = Lines(settings, inside, base)
         self.metrics = Metrics()
+        self.lines = Lines(settings, inside, base, self.metrics)
         self.logger = access_log.open_log(settings.log_file)
         self.recorder = _recorder(settings)
         self.texts = settings.log_text or (settings.record.folder is not None and settings.record.text)
@@ -198,7 +198,7 @@ class Gateway:
         elif method == "GET" and path == "/metrics":
             if not key.allows(path):
                 raise model_forbidden(path)
-            text = self.state.metrics.render(self.state.lines.open_lines())
+            text = self.state.metrics.render()
             await answer(send, 200, text, (b"content-type", b"text/plain; version=0.0.4; charset=utf-8"))
         elif method == "GET" and path == "/openapi.json":
             from serve.gateway.openapi import SCHEMA

@@ -4,6 +4,7 @@ Nygard, *Release It!*. A request that ends with neither an answer nor a fault (i
 """
 
 import contextlib
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 import pybreaker
@@ -17,9 +18,12 @@ class Fault(Exception):
 
 
 class Breaker:
-    """The state of one engine as its answers show it; ``model`` is the engine's own name."""
+    """The state of one engine as its answers show it; ``model`` is the engine's own name.
 
-    def __init__(self, model: str, policy: ModelPolicy) -> None:
+    ``changed`` is told whether it is open.
+    """
+
+    def __init__(self, model: str, policy: ModelPolicy, changed: Callable[[bool], None] = lambda _: None) -> None:
         self._model = model
         self._seconds = policy.breaker_seconds
         self._memory = pybreaker.CircuitMemoryStorage(pybreaker.STATE_CLOSED)
@@ -27,6 +31,8 @@ class Breaker:
             policy.breaker_failures, policy.breaker_seconds, state_storage=self._memory, throw_new_error_on_trip=False
         )
         self._trying = False
+        self._changed = changed
+        self._changed(False)
 
     @property
     def is_open(self) -> bool:
@@ -56,6 +62,7 @@ class Breaker:
         """The engine answered."""
         with contextlib.suppress(pybreaker.CircuitBreakerError):
             self._breaker.call(lambda: None)
+        self._changed(self.is_open)
 
     def failed(self) -> None:
         """The engine was at fault."""
@@ -65,3 +72,4 @@ class Breaker:
 
         with contextlib.suppress(Fault, pybreaker.CircuitBreakerError):
             self._breaker.call(fault)
+        self._changed(self.is_open)

@@ -10,6 +10,7 @@ from serve.gateway.breaker import Breaker
 from serve.gateway.cost import Meter
 from serve.gateway.engines import Engine, HttpEngine
 from serve.gateway.errors import model_unknown
+from serve.gateway.metrics import Metrics
 from serve.gateway.settings import GatewayConfig
 
 LIST_SECONDS = 10.0
@@ -19,13 +20,18 @@ LIST_SECONDS = 10.0
 class Line:
     """One model. An adapter shares the places, the breaker and the meter of ``base``, whose engine answers for it."""
 
-    def __init__(self, model: str, engine: Engine, settings: GatewayConfig, base: "Line | None" = None) -> None:
+    def __init__(
+        self, model: str, engine: Engine, settings: GatewayConfig, metrics: Metrics, base: "Line | None" = None
+    ) -> None:
         self.model = model
         self.engine = engine
         self.policy = settings.policy(model)
-        self.admission: Admission = base.admission if base else Admission(model, self.policy, settings.replicas)
-        self.breaker: Breaker = base.breaker if base else Breaker(model, self.policy)
-        self.meter: Meter = base.meter if base else Meter()
+        if base is None:
+            self.admission = Admission(model, self.policy, settings.replicas, metrics.places(model))
+            self.breaker = Breaker(model, self.policy, metrics.breaker(model))
+            self.meter = Meter()
+        else:
+            self.admission, self.breaker, self.meter = base.admission, base.breaker, base.meter
 
     @property
     def name_there(self) -> str:
@@ -39,11 +45,16 @@ class Lines:
     ``base`` gives the name of the engine's own model for each adapter.
     """
 
-    def __init__(self, settings: GatewayConfig, inside: Engine | None, base: Mapping[str, str]) -> None:
+    def __init__(
+        self, settings: GatewayConfig, inside: Engine | None, base: Mapping[str, str], metrics: Metrics
+    ) -> None:
         self._settings = settings
         self._inside = inside
         self._base = base
-        self._lines = {name: Line(name, HttpEngine(name, up), settings) for name, up in settings.upstreams.items()}
+        self._metrics = metrics
+        self._lines = {
+            name: Line(name, HttpEngine(name, up), settings, metrics) for name, up in settings.upstreams.items()
+        }
         self._cards: dict[str, dict[str, Any]] = {}
         self._asked_at = -LIST_SECONDS
         self._asking = asyncio.Lock()
@@ -72,12 +83,7 @@ class Lines:
 
     def _open(self, model: str, inside: Engine) -> Line:
         if model not in self._lines:
-            base = self._base.get(model, model)
-            self._lines[model] = Line(
-                model, inside, self._settings, self._open(base, inside) if base != model else None
-            )
+            name = self._base.get(model, model)
+            base = self._open(name, inside) if name != model else None
+            self._lines[model] = Line(model, inside, self._settings, self._metrics, base)
         return self._lines[model]
-
-    def open_lines(self) -> list[Line]:
-        """The lines that have been used, and those to other servers."""
-        return list(self._lines.values())

@@ -1,18 +1,20 @@
 """What Prometheus reads at ``/metrics``: the time and the tokens of requests, by model and owner of the key.
 
 vLLM's own metrics (``ray_vllm_*``) come from Ray's agents on each node; the scrape file that ``serve observe`` writes
-has both. With several gateway replicas ``prometheus_client`` adds them up through files of a folder that they share
-(its multiprocess mode).
+has both. With several gateway replicas ``prometheus_client`` adds them up through files of a folder that they share on
+a host (its multiprocess mode). A scrape reaches one of them, so gauges are set when they change.
 """
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from serve.gateway.exchange import Exchange
-from serve.gateway.lines import Line
 from workbench.config import environment
 
 SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
@@ -38,8 +40,8 @@ class Metrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"workbench_{name}_seconds", text, WHO, buckets=buckets, registry=registry)
 
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(f"workbench_{name}", text, ("model",), registry=registry, multiprocess_mode="livesum")
+        def gauge(name: str, text: str, over_replicas: Literal["livesum", "livemax"]) -> Gauge:
+            return Gauge(f"workbench_{name}", text, ("model",), registry=registry, multiprocess_mode=over_replicas)
 
         self._requests = counter("requests", "Requests by what became of them", *WHO, "outcome")
         self._tokens = counter("tokens", "Tokens", *WHO, "kind")
@@ -51,9 +53,9 @@ class Metrics:
         self._token = histogram("inter_token", "Time a token after the first, mean of a stream", TOKEN)
         self._whole = histogram("request", "From arrival to the end of the answer", WHOLE)
         self._queue = histogram("queue", "Waiting for a place at the engine", FIRST)
-        self._running = gauge("running", "Requests at the engine")
-        self._waiting = gauge("waiting", "Requests that wait for the engine")
-        self._open = gauge("breaker_open", "Whether the circuit breaker is open")
+        self._running = gauge("running", "Requests at the engine", "livesum")
+        self._waiting = gauge("waiting", "Requests that wait for the engine", "livesum")
+        self._open = gauge("breaker_open", "Whether the circuit breaker of any replica is open", "livemax")
 
     def note(self, exchange: Exchange) -> None:
         """Count a request that has ended."""
@@ -80,14 +82,33 @@ class Metrics:
         """Count a request that reached no model."""
         self._requests.labels("none", owner, kind).inc()
 
-    def render(self, lines: list[Line]) -> bytes:
+    def places(self, model: str) -> Callable[[int, int], None]:
+        """What is to be told how many requests run at the engine of ``model`` and wait for it, when that changes."""
+        running, waiting = self._running.labels(model), self._waiting.labels(model)
+
+        def told(now_running: int, now_waiting: int) -> None:
+            running.set(now_running)
+            waiting.set(now_waiting)
+
+        return told
+
+    def breaker(self, model: str) -> Callable[[bool], None]:
+        """What is to be told whether the breaker of the engine of ``model`` is open, when that may have changed."""
+        return self._open.labels(model).set
+
+    def render(self) -> bytes:
         """The text that Prometheus reads."""
-        for line in lines:
-            self._running.labels(line.model).set(line.admission.running)
-            self._waiting.labels(line.model).set(line.admission.waiting)
-            self._open.labels(line.model).set(line.breaker.is_open)
         registry: Any = self._registry
-        if environment(SHARED_FOLDER):
+        if shared := environment(SHARED_FOLDER):
+            forget_ended(Path(shared))
             registry = CollectorRegistry()
             MultiProcessCollector(registry)
         return bytes(generate_latest(registry))
+
+
+def forget_ended(folder: Path) -> None:
+    """Drop the gauges of processes of this host that have ended, as a replica that is killed cannot itself."""
+    for pid in {int(file.stem.rsplit("_", 1)[1]) for file in folder.glob("gauge_live*_*.db")}:
+        if not psutil.pid_exists(pid):
+            with contextlib.suppress(FileNotFoundError):  # another replica is asked at the same time
+                mark_process_dead(pid, folder)

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from serve.gateway.api_keys import Usage, key_of, month, open_store
 from serve.gateway.app import RELAYED
 from serve.gateway.keys_cli import keys_app
+from serve.gateway.metrics import SHARED_FOLDER
 from serve.gateway.record import read_rows
 
 KEYS: dict[str, dict[str, Any]] = {
@@ -509,6 +510,28 @@ def test_a_request_is_one_line_of_the_log_without_its_text(house: House) -> None
     assert 0 < row["first_token_ms"] <= row["total_ms"]
     assert (row["prompt_tokens"], row["completion_tokens"]) == (7, 5)
     assert "marzipan" not in (house.folder / "access.jsonl").read_text() + (house.folder / "log").read_text()
+
+
+def test_a_scrape_of_one_replica_tells_of_all_that_live(
+    house: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SHARED_FOLDER, str(tmp_path / "metrics"))
+    given = settings(house.engine, house.second, house.store, tmp_path)
+    with gateway(given) as first, gateway(given) as second, ThreadPoolExecutor(2) as pool:
+        scraped, other = (
+            House(house.engine, house.second, server, house.store, tmp_path) for server in (first, second)
+        )
+        for each in (scraped, other):
+            assert [each.chat("fail", model="flaky").status_code for _ in range(2)] == [503, 503]
+        assert scraped.metric("breaker_open", model="flaky") == 1  # of two
+        assert scraped.metric("requests_total", model="flaky") == 4
+        lost = [pool.submit(other.chat, "held") for _ in range(2)]
+        until(lambda: scraped.metric("running", model="m") == 2)
+        second.kill()
+        assert scraped.metric("running", model="m") == 0
+        assert scraped.metric("requests_total", model="flaky") == 4
+        assert all(isinstance(each.exception(), httpx.HTTPError) for each in lost)
+    until(lambda: house.engine.seen()["running"] == 0)
 
 
 # Learning from use

@@ -2,8 +2,10 @@
 
 import asyncio
 import itertools
+import os
 import re
 import stat
+import subprocess
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -20,7 +22,7 @@ from serve.gateway.checks import check_settings
 from serve.gateway.cost import Meter
 from serve.gateway.errors import ApiError
 from serve.gateway.exchange import Exchange, new_ids, parse
-from serve.gateway.metrics import SHARED_FOLDER, Metrics
+from serve.gateway.metrics import SHARED_FOLDER, Metrics, forget_ended
 from serve.gateway.own_key import own_key
 from serve.gateway.routes import variant
 from serve.gateway.settings import GatewayConfig, ModelPolicy, Personal, RecordConfig
@@ -498,7 +500,19 @@ def test_a_wrong_key_is_counted_wherever_it_knocks(tmp_path: Path, path: str, me
     asyncio.run(gateway(scope, send, send))
     assert sent[0]["status"] == 401
     counted = 'workbench_requests_total{model="none",outcome="invalid_api_key",owner="none"} 1.0'
-    assert counted in gateway.state.metrics.render([]).decode()
+    assert counted in gateway.state.metrics.render().decode()
+
+
+def test_the_gauges_of_a_process_that_has_ended_are_dropped_and_its_counters_kept(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    names = [f"{kind}_{pid}.db" for kind in ("gauge_livesum", "gauge_livemax", "counter", "histogram")
+             for pid in (ended.pid, os.getpid())]  # fmt: skip
+    for name in names:
+        (tmp_path / name).touch()
+    forget_ended(tmp_path)
+    gone = {f"gauge_livesum_{ended.pid}.db", f"gauge_livemax_{ended.pid}.db"}
+    assert {file.name for file in tmp_path.iterdir()} == set(names) - gone
 
 
 def test_a_replica_on_another_host_makes_its_folder_of_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
