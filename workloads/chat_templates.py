@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.errors import UserError
+from workloads.sources import read_tokenizer
 
 Turns = Sequence[dict[str, str]]
 Span = tuple[int, int]
@@ -64,11 +65,10 @@ def load_tokenizer(base: str, chat_template: str = "") -> Any:
     """The fast tokenizer of ``base`` with its own chat template, one of ``TEMPLATES``, or that in a Jinja file.
 
     A named template that ends answers with a token of its own makes it the tokenizer's end token, so that whatever
-    generates with the saved tokenizer stops there. Raises UserError where template and tokenizer do not go together.
+    generates with the saved tokenizer stops there. Raises UserError for a tokenizer that cannot be read, and where
+    template and tokenizer do not go together.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = read_tokenizer("base", base)
     if not tokenizer.is_fast:
         raise UserError(f"{base}: its tokenizer does not say which text each token is of; convert it to a fast one")
     if chat_template in TEMPLATES:

@@ -20,7 +20,7 @@ from workloads.dpo import DpoConfig
 from workloads.encoding import Counts, Recipe, encode
 from workloads.instructions import as_conversation, load_instructions, write_jsonl
 from workloads.preferences import Preference, encode_preferences, preferences, read_preferences
-from workloads.sources import CHEMISTRY
+from workloads.sources import CHEMISTRY, check_weights
 from workloads.streaming import check_room, open_stream
 from workloads.tokenized import TokenRows, cache_folder, check_known, tokenize
 from workloads.training.batches import Batches, Row
@@ -75,17 +75,17 @@ def batches_of(rows: Sequence[Row], config: "SftConfig | DpoConfig") -> Batches:
 
 
 def look(config: "SftConfig | DpoConfig") -> None:
-    """Raise UserError where the tokenizer, the template or the first rows of the data cannot be used."""
+    """Raise UserError where the tokenizer, the template or the first rows of the data cannot be used, and where the
+    base has no weights."""
     tokenizer = load_tokenizer(config.base, config.chat_template)
-    if config.data == CHEMISTRY:
-        return
-    files = [Path(file) for file in config.data]
     if isinstance(config, DpoConfig):
-        pairs = [row for row, _ in zip(preferences(files), range(LOOKED_AT), strict=False)]
+        pairs = [row for row, _ in zip(preferences(config.data), range(LOOKED_AT), strict=False)]
         encode_preferences(pairs, tokenizer, recipe_of(config))
-    else:
+    elif config.data != CHEMISTRY:
+        files = [Path(file) for file in config.data]
         rows = [row for row, _ in zip(conversations(files), range(LOOKED_AT), strict=False)]
         encode(rows, tokenizer, recipe_of(config))
+    check_weights("base", config.base)
 
 
 def prepare(config: "SftConfig | DpoConfig", run: Run) -> Prepared:

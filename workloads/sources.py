@@ -1,5 +1,6 @@
 """What a training config may name: a model by folder or hub name, and data by "chemistry" or by JSONL files."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,8 +39,60 @@ def check_model(key: str, source: str) -> None:
 
         AutoConfig.from_pretrained(source)
     except Exception as error:  # no network, no such model, no access: all are the same mistake to the user
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{key}: '{source}' is not a folder and the hub did not give it: {reason}") from None
+        raise UserError(
+            f"{key}: '{source}' is not a folder and the hub did not give it: {_first_line(error)}"
+        ) from None
+
+
+def read_config(key: str, source: str) -> Any:
+    """Transformers' config of the model ``source``. Raises UserError where there is none that it can read."""
+    check_model(key, source)
+    folder = Path(source)
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise UserError(f"{key}: {source} holds an adapter: give the model that it was merged into")
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"{key}: Transformers cannot read {source}: {_first_line(error)}") from None
+
+
+def read_tokenizer(key: str, source: str) -> Any:
+    """The tokenizer of the model ``source``. Raises UserError where there is none that can be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # a damaged file is whatever its parser raises, in Rust plain Exception
+        raise UserError(
+            f"{key}: the tokenizer of {source} cannot be read ({_first_line(error)}): it needs tokenizer.json and "
+            "tokenizer_config.json, those of the model that it was made from"
+        ) from None
+
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+def check_weights(key: str, source: str) -> None:
+    """Raise UserError where ``source`` is a folder that lacks weight files, or some that its index names."""
+    folder = Path(source)
+    if not folder.is_dir() or any((folder / name).is_file() for name in WEIGHTS):
+        return
+    for name in WEIGHTS:
+        if (index := folder / f"{name}.index.json").is_file():
+            try:
+                files = set(json.loads(index.read_text())["weight_map"].values())
+            except (ValueError, KeyError) as error:
+                raise UserError(f"{key}: {index} cannot be read ({_first_line(error)}): fetch it again") from None
+            if lost := sorted(file for file in files if not (folder / file).is_file()):
+                raise UserError(f"{key}: {source} lacks {len(lost)} of {len(files)} weight files: fetch {lost[0]}")
+            return
+    raise UserError(f"{key}: {source} has no weights: it needs model.safetensors, or its parts with their index")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _template(value: str, info: ValidationInfo) -> str:

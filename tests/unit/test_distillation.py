@@ -146,6 +146,14 @@ def test_a_teacher_with_another_tokenizer_or_a_shorter_context_is_refused(tmp_pa
         check_teacher(distill, tokenizer, 64)
 
 
+def test_a_teacher_without_a_tokenizer_or_weights_is_refused(tmp_path: Path) -> None:
+    folder = make_tiny_llama(tmp_path / "teacher", context=64, hidden=64)
+    for name, message in (("tokenizer.json", "tokenizer of .* cannot be read"), ("model.safetensors", "no weights")):
+        (folder / name).unlink()
+        with pytest.raises(UserError, match=f"distill.teacher: .*{message}"):
+            check_teacher(DistillConfig(teacher=str(folder)), None, 64)
+
+
 def test_two_ways_to_soften_the_targets_are_refused() -> None:
     with pytest.raises(UserError, match="label_smoothing=0"):
         load(PretrainConfig, None, ["distill.teacher=owner/model", "label_smoothing=0.1"])

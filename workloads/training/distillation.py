@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from workbench.errors import UserError
+from workloads.sources import check_weights, read_config, read_tokenizer
 from workloads.training.adapters import load_base
 from workloads.training.batches import Row, collate
 from workloads.training.chunked_loss import at_targets, cross_entropy, loss_of
@@ -122,19 +123,16 @@ def _with_rest(logs_NK: Tensor) -> Tensor:
 
 
 def check_teacher(distill: DistillConfig, tokenizer: Any, length: int) -> None:
-    """Raise UserError for a teacher that reads other tokens than ``tokenizer``, or sequences shorter than ``length``.
+    """Raise UserError for a teacher that cannot be read, that reads other tokens than ``tokenizer``, or sequences
+    shorter than ``length``.
 
     ``tokenizer`` is the student's; None where it takes the teacher's.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
-    from workloads.sources import check_model
-
-    check_model("distill.teacher", distill.teacher)
-    positions = getattr(AutoConfig.from_pretrained(distill.teacher), "max_position_embeddings", None)
+    positions = getattr(read_config("distill.teacher", distill.teacher), "max_position_embeddings", None)
+    check_weights("distill.teacher", distill.teacher)
     if positions is not None and positions < length:
         raise UserError(f"distill.teacher: {distill.teacher} reads {positions} tokens: give max_length={positions}")
-    theirs = AutoTokenizer.from_pretrained(distill.teacher)
+    theirs = read_tokenizer("distill.teacher", distill.teacher)
     if theirs.eos_token_id is None:
         raise UserError(f"distill.teacher: the tokenizer of {distill.teacher} has no end-of-sequence token")
     if tokenizer is None:
