@@ -17,6 +17,7 @@ from workbench.errors import Failure, UserError
 from workloads.dpo import DpoConfig
 from workloads.pretrain import PretrainConfig
 from workloads.sft import TuningConfig
+from workloads.sources import read_config, read_tokenizer
 from workloads.training.config import DistillConfig, TrainingConfig
 
 if TYPE_CHECKING:
@@ -46,11 +47,13 @@ class Card:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The estimate for a config, beside the cards that are known; ``steps`` says what a step was taken to be."""
+    """The estimate for a config, beside the cards that are known; ``about`` says what a step was taken to be, and
+    ``ends`` has the bytes of a card by the most and the least workers, where these differ: ``memory`` is the larger."""
 
     memory: "MemoryPlan"
     cards: list[Card]
     about: str
+    ends: dict[int, int]
 
     def text(self) -> str:
         """For the terminal: a table by part, one by phase, and the cards."""
@@ -69,6 +72,7 @@ class RunPlan:
             f"  {f'assumed: fragmentation, {FRAGMENTATION:.0%}':<40}{_gib(int(plan.peak * FRAGMENTATION))}",
             f"  {'the smallest card must hold':<40}{_gib(plan.card)}",
             *([f"  {'and in the memory of its host':<40}{_gib(plan.host)}"] if plan.host else []),
+            *(f"  {f'with {count} workers':<40}{_gib(size)}" for count, size in self.ends.items()),
             "",
             "tensors at the highest moment of each phase",
             *(f"  {phase:<40}{_gib(size)}" for phase, size in plan.phases.items()),
@@ -85,13 +89,14 @@ class RunPlan:
             "estimate": True, "about": self.about, "ranks": plan.ranks, "parameters": plan.parameters,
             "trained_parameters": plan.trained, "phase": plan.phase, "phases": plan.phases, "parts": plan.parts,
             "tensor_bytes": plan.peak, "card_bytes": plan.card, "host_bytes": plan.host,
+            "card_bytes_by_workers": self.ends,
             "cards": [{"card": c.name, "memory_gb": c.memory_gb, "fits": c.holds(plan)} for c in self.cards],
         }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Tokens:
-    """As much of the tokenizer, which is not trained yet, as the model's shape needs."""
+    """As much of a tokenizer that is not trained yet as the model's shape needs."""
 
     count: int
     eos_token_id: int | None = None
@@ -107,11 +112,27 @@ def _gib(size: int) -> str:
 
 def plan_run(config: TrainingConfig) -> RunPlan:
     """The plan of a ``train`` command's config. Raises UserError for a base that cannot be trained."""
-    return RunPlan(estimate(config), known_cards(), _about(config))
+    plans = [(_estimate(each), each) for each in _ends(config)]
+    memory, worst = max(plans, key=lambda plan: plan[0].peak)
+    ends = {each.workers: plan.card for plan, each in plans} if len(plans) > 1 else {}
+    return RunPlan(memory, known_cards(), _about(worst), ends)
 
 
 def estimate(config: TrainingConfig) -> "MemoryPlan":
-    """What each rank of ``config`` needs. Raises Failure for a model whose code asks for the values of tensors."""
+    """What each rank of ``config`` needs, with as many workers as need the most.
+
+    Raises UserError for a teacher that cannot be read, Failure for a model whose code asks for the values of tensors.
+    """
+    return max(map(_estimate, _ends(config)), key=lambda plan: plan.peak)
+
+
+def _ends(config: TrainingConfig) -> list[TrainingConfig]:
+    """``config`` with the most workers and, where that is another number, with the least that it goes on with."""
+    least = config.least_workers or config.workers
+    return [config.model_copy(update={"workers": count}) for count in dict.fromkeys((config.workers, least))]
+
+
+def _estimate(config: TrainingConfig) -> "MemoryPlan":
     from workloads.training.memory_plan import plan_memory
 
     make, step = _setting(config)
@@ -157,10 +178,11 @@ def _setting(config: TrainingConfig) -> tuple[Callable[[], Any], "Step"]:
     from workloads.pretraining import llama_config
     from workloads.training.transformer import Transformer
 
-    shape = llama_config(config, _Tokens(config.vocabulary))
-    return lambda: Transformer(shape), Step(
-        **common, length=config.max_length, stored=torch.float32, computed=computed if sharded else torch.float32
-    )
+    tokens: Any = _Tokens(config.vocabulary)
+    if config.distill is not None:
+        tokens = read_tokenizer("distill.teacher", config.distill.teacher)
+    shape = llama_config(config, tokens)
+    return lambda: Transformer(shape), Step(**common, length=config.max_length, stored=torch.float32, computed=computed)
 
 
 def _loss(config: TrainingConfig) -> "LossFunction":
@@ -176,7 +198,10 @@ def _teacher(config: TrainingConfig) -> Callable[[], Any] | None:
     from workloads.training.adapters import empty_model
 
     distill: DistillConfig | None = getattr(config, "distill", None)
-    return None if distill is None else lambda: empty_model(distill.teacher)
+    if distill is None:
+        return None
+    read_config("distill.teacher", distill.teacher)  # raises what a user can mend
+    return lambda: empty_model(distill.teacher)
 
 
 def _share(config: TrainingConfig) -> int:
@@ -265,7 +290,9 @@ def candidates(config: TrainingConfig, nodes: "Sequence[Node]") -> list[Card]:
 def _remedy(config: TrainingConfig, memory_gb: float) -> str:
     """The first change of the config that fits into ``memory_gb``, as it is typed."""
     length: int = getattr(config, "max_length", 0)
+    least = config.least_workers or config.workers
     changes: list[dict[str, Any]] = [
+        *({"least_workers": count} for count in range(least + 1, config.workers + 1)),
         {"gradient_checkpointing": True},
         {"gradient_checkpointing": True, "micro_batch_size": 1},
     ]

@@ -5,14 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from models import make_tiny_llama
 
 from cluster.labels import CardOnHost
 from cluster.nodes import Node
 from workbench.cli import main
 from workbench.errors import UserError
 from workbench.resources import ResourceRequest
-from workloads.plan import GIB, candidates, check_memory, estimate
+from workloads.plan import GIB, candidates, check_memory, estimate, plan_run
+from workloads.pretrain import PretrainConfig
 from workloads.sft import SftConfig
+from workloads.training.config import DistillConfig
 from workloads.training.devices import refuse_small
 
 
@@ -64,6 +67,48 @@ def test_pretraining_is_planned_too(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["train", "pretrain", "--plan"])
     assert ended.value.code == 0 and "an estimate, for" in capsys.readouterr().out
+
+
+def test_a_student_is_planned_with_the_vocabulary_of_its_teacher(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from workloads.pretraining import llama_config
+    from workloads.training.transformer import Transformer
+
+    teacher = make_tiny_llama(tmp_path / "teacher", hidden=64)
+    config = PretrainConfig(distill=DistillConfig(teacher=str(teacher)), vocabulary=5000)
+    student = Transformer(llama_config(config, AutoTokenizer.from_pretrained(teacher)))
+    assert plan_run(config).memory.parameters == sum(weight.numel() for weight in student.parameters())
+
+
+def test_a_teacher_that_cannot_be_read_is_a_mistake(base: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"distill\.teacher: .* holds an adapter"):
+        plan_run(config_of(base, distill=DistillConfig(teacher=str(tmp_path))))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"distill\.teacher: Transformers cannot read"):
+        plan_run(config_of(base, distill=DistillConfig(teacher=str(tmp_path))))
+    with pytest.raises(UserError, match=r"distill\.teacher: the tokenizer of .* cannot be read"):
+        plan_run(PretrainConfig(distill=DistillConfig(teacher=base)))
+
+
+def test_a_run_that_goes_on_with_fewer_workers_is_planned_for_both_numbers(base: str) -> None:
+    keys: dict[str, Any] = {
+        "method": "full",
+        "quantization": "none",
+        "batch_size": 32,
+        "max_length": 2048,
+        "loss_chunk": 8192,
+    }
+    elastic = config_of(base, least_workers=1, **keys)
+    two, one = (estimate(config_of(base, workers=count, **keys)) for count in (2, 1))
+    plan = plan_run(elastic)
+    assert plan.memory.peak == one.peak > two.peak and plan.ends == {2: two.card, 1: one.card}
+    assert "fsdp2 over 1" in plan.about
+    assert all(f"with {count} workers" in plan.text() for count in (2, 1))
+    between = (two.card + one.peak) / 2 / GIB
+    with pytest.raises(UserError, match="give least_workers=2"):
+        check_memory(elastic, [host("a", ("small", between), ("small", between))], pytest.fail)
 
 
 def test_preferences_are_planned_too_as_pairs(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
