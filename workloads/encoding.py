@@ -41,8 +41,8 @@ class Counts:
     """What became of some conversations; all in tokens but the rows.
 
     ``rows_dropped`` have no answer to learn, ``rows_cut`` lost ``tokens_lost``, of these ``answers_cut`` the end of
-    their answer. ``longest`` is before any cut, ``shortest_answer`` of the last ones, 0 where there is none. Of
-    preferences a row is a pair, and those ``alike`` have the same answer twice.
+    their answer. ``longest`` is before any cut, ``shortest_answer`` of the last ones with what must be kept behind
+    them, 0 where there is none. Of preferences a row is a pair, and those ``alike`` have the same answer twice.
     """
 
     rows: int = 0
@@ -115,7 +115,7 @@ def encode_each(rows: Sequence[Conversation], tokenizer: Any, recipe: Recipe) ->
             targets=made.targets,
             tokens_lost=end - len(made.ids),
             longest=end,
-            shortest_answer=len(last),
+            shortest_answer=end - first,
             largest_id=max(made.ids),
         )
         encoded.append((places[place], made, counts))

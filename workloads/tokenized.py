@@ -35,7 +35,7 @@ from workloads.encoding import Counts, Recipe, encode_each, total
 from workloads.preferences import encode_preferences, read_preferences
 from workloads.training.batches import IGNORE, MadeRows, Row
 
-LAYOUT = 3
+LAYOUT = 4
 """Changed with what a set of rows holds, or how it comes about: older sets are then not found any more."""
 SCHEMA = pa.schema(
     [
@@ -157,8 +157,9 @@ def check_known(base: str, largest: int, known: int) -> None:
 
 
 def _key(file: Path, recipe: Recipe, tokenizer: Any) -> str:
-    tokens = tokenizer.backend_tokenizer.to_str() + tokenizer.get_chat_template() + tokenizer.eos_token
-    parts = (LAYOUT, fingerprint(file), tokens, recipe.max_length, recipe.train_on, recipe.pairs)
+    tokens = tokenizer.backend_tokenizer.to_str() + tokenizer.get_chat_template()
+    special = sorted(tokenizer.special_tokens_map.items())
+    parts = (LAYOUT, fingerprint(file), tokens, special, recipe.max_length, recipe.train_on, recipe.pairs)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

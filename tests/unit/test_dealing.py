@@ -1,5 +1,7 @@
 """Windows of an epoch: what a batch is depends on no row behind its window, and an epoch goes on from any window."""
 
+from random import Random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,6 +48,15 @@ def test_a_window_needs_no_row_behind_it_and_an_epoch_goes_on_from_any(capacity:
     assert list(some) == dealt[:3]
     again = Epoch(deal, 200, 1).windows(order[3 * size :], LENGTHS.__getitem__, 3, dealt[2].left)
     assert list(again) == dealt[3:]
+
+
+@given(st.integers(1, 200), st.integers(1, 6), st.randoms(use_true_random=False))
+@settings(deadline=None, max_examples=60)
+def test_rows_that_are_left_out_cost_no_batch(count: int, batch_size: int, draw: Random) -> None:
+    epoch = Epoch(Deal(batch_size, 3), count, 0)
+    usable = [place for place in epoch.order if draw.random() < 0.6]
+    batches = [batch for window in epoch.windows(usable, LENGTHS.__getitem__) for batch in window.batches]
+    assert len(batches) == len(usable) // batch_size
 
 
 @pytest.mark.parametrize("capacity", [0, 40])

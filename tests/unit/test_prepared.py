@@ -1,6 +1,7 @@
 """From files to token rows: dealt, tokenized once, counted, and refused where nothing could be learned."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from workbench.config import load
 from workbench.errors import UserError
 from workbench.runs import Run, open_run
 from workloads.chat_templates import load_tokenizer
-from workloads.conversations import read_conversations
+from workloads.conversations import read_conversations, write_conversations
 from workloads.encoding import Recipe, encode
-from workloads.instructions import load_instructions
+from workloads.instructions import as_conversation, load_instructions
 from workloads.prepared import PARTS, Prepared, batches_of, deal, look, prepare, recipe_of
 from workloads.sft import SftConfig
 from workloads.tokenized import TokenRows, cache_folder, tokenize
 from workloads.tokenizer import train_tokenizer
+from workloads.training.batches import Batches
 
 ROWS = [
     {"instruction": f"Add {i} and {i}.", "input": "1 2 3 4 " * (i % 7), "output": f"It is {2 * i}."} for i in range(100)
@@ -29,7 +31,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer and a model's config: weights are not looked at before training."""
+    """A tokenizer and a model's config: weights are not read before training."""
     from transformers import LlamaConfig
 
     folder = tmp_path_factory.mktemp("base")
@@ -162,6 +164,41 @@ def test_data_that_teach_nothing_are_refused(run: Run, base: Path, tmp_path: Pat
     assert "batch_size=3 or less" in refused(run, config(base, write(tmp_path / "five.jsonl", ROWS[:5])))
 
 
+def test_rows_that_are_left_out_do_not_sit_the_others_out(base: Path, tmp_path: Path) -> None:
+    rows = ROWS[:20] + [{"instruction": "Say nothing.", "output": ""}] * 10
+    talks = [as_conversation(row, f"row {place}") for place, row in enumerate(rows)]
+    write_conversations(talks, tmp_path / "rows.jsonl")
+    made = TokenRows(tokenize(tmp_path / "rows.jsonl", Recipe(str(base), max_length=64), tmp_path / "cache"))
+    assert (made.read, len(made)) == (30, 20)
+    assert all(len(Batches(made, 16, seed).first_epoch()) == 1 for seed in range(10))
+
+
+def test_a_hint_counts_what_the_template_writes_behind_an_answer(run: Run, base: Path, tmp_path: Path) -> None:
+    template = tmp_path / "tail.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + eos_token }}"
+        "{% if m.role == 'assistant' %}{% generation %}.{% endgeneration %}{% endif %}{% endfor %} a tail to learn"
+    )
+    file = write(tmp_path / "long.jsonl", [{"instruction": "Count.", "output": "one, two, three, " * 9}] * 99)
+    keys = [f"chat_template={template}", "train_on=all"]
+    message = refused(run, config(base, file, *keys, "max_length=8"))
+    enough = int(message.rpartition("max_length=")[2].split()[0])
+    assert prepare(config(base, file, *keys, f"max_length={enough}"), run).counts.answers_cut == 0
+
+
+def test_a_beginning_token_that_was_given_later_makes_other_rows(run: Run, base: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    tokenizer = load_tokenizer(str(base))
+    tokenizer.bos_token = "<|user|>"
+    tokenizer.save_pretrained(other)
+    write_conversations([as_conversation(ROWS[0], "row")], tmp_path / "rows.jsonl")
+    with_and_without = [
+        TokenRows(tokenize(tmp_path / "rows.jsonl", Recipe(str(folder), "plain", 64), tmp_path / "cache"))[0]
+        for folder in (other, base)
+    ]
+    assert with_and_without[0].ids[1:] == with_and_without[1].ids
+
+
 def test_a_tokenizer_of_another_model_is_refused(run: Run, base: Path, data: Path, tmp_path: Path) -> None:
     from transformers import AutoConfig
 
@@ -185,7 +222,25 @@ def test_rows_longer_than_a_table_of_positions_are_refused(run: Run, base: Path,
     assert prepare(config(short, data, "max_length=32"), run).counts.rows_cut
 
 
+def test_a_base_without_weights_or_a_tokenizer_is_refused(base: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no weights: it needs"):
+        look(config(base, data))
+    half = shutil.copytree(base, tmp_path / "half")
+    (half / "model.safetensors.index.json").write_text('{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}')
+    (half / "1.safetensors").touch()
+    with pytest.raises(UserError, match="lacks 1 of 2 weight files: fetch 2"):
+        look(config(half, data))
+    (half / "2.safetensors").touch()
+    look(config(half, data))
+    for damage in (lambda: (half / "tokenizer.json").write_text("{"), (half / "tokenizer.json").unlink):
+        damage()
+        with pytest.raises(UserError, match=r"base: the tokenizer of .* cannot be read"):
+            look(config(half, data))
+
+
 def test_a_look_at_the_first_rows_finds_what_does_not_fit(base: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(base, tmp_path / "base")
+    (base / "model.safetensors").touch()  # looked for, not read
     with pytest.raises(UserError, match=r"bad\.jsonl:2: output is missing"):
         look(config(base, write(tmp_path / "bad.jsonl", [ROWS[0], {"instruction": "x"}])))
     with pytest.raises(UserError, match="no such template"):

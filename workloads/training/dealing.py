@@ -10,7 +10,8 @@ batches as rows that all lie ready.
 Without packing a window is ``WINDOW`` batches of rows; those of like length share a batch, so that little is padded.
 With packing it is ``PACKED_WINDOW`` rows, put by best-fit decreasing: the longest first, each into the fullest sequence
 that still has room (Johnson 1973, "Near-optimal bin packing algorithms"); sequences that fill no batch wait for the
-next window. Then the batches, or the sequences, are shuffled. What fills no batch at the end sits the epoch out.
+next window. Then the batches, or the sequences, are shuffled. What fills no batch at the end sits the epoch out, or
+stands in for rows that are left out of it.
 """
 
 import bisect
@@ -53,7 +54,11 @@ class Epoch:
     def __init__(self, deal: Deal, count: int, number: int) -> None:
         self._deal, self._number = deal, number
         self._draw = random.Random(f"{deal.seed} {number}")
-        self.order = self._draw.sample(range(count), count if deal.capacity else count - count % deal.batch_size)
+        whole = count if deal.capacity else count - count % deal.batch_size
+        self.order = self._draw.sample(range(count), whole)
+        if whole < count:
+            taken = set(self.order)
+            self.order += [place for place in range(count) if place not in taken]
 
     def windows(
         self, rows: Iterable[T], length: Callable[[T], int], first: int = 0, left: Sequence[list[T]] = ()
