@@ -33,6 +33,7 @@ from workloads.training.ray_train import WorkerEvents
 from workloads.training.resume import SAMPLES
 from workloads.training.samples import Sampler
 from workloads.training.strategies import is_fsdp, loads_on, optimizer_of, shard_model
+from workloads.training.trainable import positions_of
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ def fine_tune(
         sampler = Sampler(
             tokenizer, [prompt for prompt, _ in questions], [answer for _, answer in questions],
             events.folder / SAMPLES, config.sample_every, config.sample_tokens,
+            positions_of(config.base) if config.sample_every else None,
         )  # fmt: skip
     start, storage = history.step, sharded_bytes(model)
 

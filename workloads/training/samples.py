@@ -12,13 +12,15 @@ from workloads.training.fsdp import computes_on, evaluation_mode
 
 
 class Sampler:
-    """Writes the answers to ``prompts`` into ``file`` every ``every`` steps; 0: never. ``truths`` stand beside them."""
+    """Writes the answers to ``prompts`` into ``file`` every ``every`` steps; 0: never. ``truths`` stand beside them.
+    ``positions`` is how many the model has learned, None where it computes them."""
 
     def __init__(
-        self, tokenizer: Any, prompts: Sequence[str], truths: Sequence[str], file: Path, every: int, tokens: int
-    ) -> None:
+        self, tokenizer: Any, prompts: Sequence[str], truths: Sequence[str], file: Path, every: int, tokens: int,
+        positions: int | None = None,
+    ) -> None:  # fmt: skip
         self._tokenizer, self._prompts, self._truths = tokenizer, prompts, truths
-        self._rows, self._every, self._tokens = RowFile(file), every, tokens
+        self._rows, self._every, self._tokens, self._positions = RowFile(file), every, tokens, positions
 
     def due(self, step: int) -> bool:
         """Whether ``step`` is one of those to sample after."""
@@ -26,7 +28,7 @@ class Sampler:
 
     def __call__(self, step: int, model: Any) -> None:
         """Sample from ``model``. Collective: every rank calls it, rank 0 writes."""
-        answers = greedy(model, self._tokenizer, self._prompts, self._tokens)
+        answers = greedy(model, self._tokenizer, self._prompts, self._tokens, self._positions)
         if dist.is_initialized() and dist.get_rank():
             return
         asked = zip(self._prompts, answers, self._truths, strict=True)
@@ -40,14 +42,20 @@ def read_samples(file: Path, until: int | None = None) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def greedy(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int) -> list[str]:
+def greedy(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int, positions: int | None = None) -> list[str]:
     """The most likely continuation of each prompt, up to ``tokens`` tokens or the end token.
+
+    Within ``positions``, where there is a table of so many, a prompt loses its beginning; an answer takes no more than
+    half of them.
 
     The model is called whole, as FSDP needs it: ``generate`` of an adapter goes past the root of a sharded model. Every
     rank computes the same, so that shards can be gathered; rank 0's choice of a token counts.
     """
     device, end = computes_on(model), tokenizer.eos_token_id
     asked = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
+    if positions is not None:
+        tokens = min(tokens, positions // 2)
+        asked = [ids[tokens - positions :] for ids in asked]
     length = max(map(len, asked))
     ids_BT = torch.tensor([[end] * (length - len(ids)) + ids for ids in asked], device=device)
     mask_BT = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in asked], device=device)
