@@ -30,7 +30,9 @@ class ArchitectureConfig(Config):
 
     hidden_size: int = Field(192, ge=32, description="width")
     layers: int = Field(4, ge=1, description="decoder layers")
-    head_size: int = Field(32, description="width of an attention head; vLLM's CPU kernels take 32, 64, 96, 128, ...")
+    head_size: int = Field(
+        32, ge=2, multiple_of=2, description="width of an attention head; vLLM's CPU kernels take 32, 64, 96, 128, ..."
+    )
     key_value_heads: int = Field(0, ge=0, description="heads of keys and values; 0: as many as of queries")
     mlp_size: int = Field(512, ge=32, description="width of the SwiGLU layer")
     context: int = Field(2048, ge=64, description="largest position")
@@ -68,6 +70,20 @@ class PretrainConfig(DistillableConfig):
     split_seed: int = Field(0, description="which molecules are held out: not one of them is trained on")
     chemistry_copies: int = Field(0, ge=0, description="records of each molecule; 0: as many as the steps can use")
     randomised: float = Field(0.1, ge=0, le=1, description="share of the records that spell their molecule at random")
+
+    @model_validator(mode="after")
+    def _as_it_trains(self) -> "PretrainConfig":
+        if self.max_length > self.model.context:
+            raise ValueError(
+                f"max_length {self.max_length} is beyond model.context {self.model.context}: give "
+                f"max_length={self.model.context}, or model.context={self.max_length}"
+            )
+        if self.strategy == "single" and self.compute_dtype == "bfloat16":
+            raise ValueError(
+                "new weights are in float32, and so is what strategy single computes: give dtype=float32, or "
+                "strategy=fsdp2, which computes in bfloat16 on one worker too"
+            )
+        return self
 
 
 def check(config: PretrainConfig) -> None:

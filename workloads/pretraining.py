@@ -26,6 +26,9 @@ from workloads.training.transformer import Transformer, to_llama
 
 VALIDATION_SEQUENCES = 96
 
+DOCUMENT_CHARACTERS = 1000
+"""Of a document that are read: many beginnings, not a few whole ones."""
+
 
 def build_corpus(config: PretrainConfig, run: Run, model: Path) -> dict[str, Any]:
     """Train the tokenizer into ``model`` and write the sequences; returns their files and the corpus' facts."""
@@ -36,18 +39,11 @@ def build_corpus(config: PretrainConfig, run: Run, model: Path) -> dict[str, Any
     run.say(f"writing {copies} records of each of {len(split['train']):,} molecules")
     records = molecule_records(split["train"], copies=copies, randomised=config.randomised, seed=config.seed)
     held_out = molecule_records(split["validation"], copies=1, seed=config.seed)
-    documents: list[str] = []
-    if config.documents and config.document_share:
-        characters = sum(map(len, records)) * config.document_share / (1 - config.document_share)
-        texts = read_documents(config.documents, limit=100_000, characters=1000)
-        random.Random(f"documents {config.seed}").shuffle(texts)
-        for text in texts:
-            if characters <= 0:
-                break
-            documents.append(text)
-            characters -= len(text)
+    documents, cut = choose_documents(config, sum(map(len, records)))
     whose = "training the tokenizer" if config.distill is None else "with the teacher's tokenizer"
     run.say(f"{len(records):,} records and {len(documents):,} documents; {whose}")
+    if cut:
+        run.say(f"{cut:,} of the documents are longer than {DOCUMENT_CHARACTERS:,} characters; the rest is not read")
     if config.distill is None:
         tokenizer = train_tokenizer(records[:5000] + documents, config.vocabulary, config.model.context)
     else:
@@ -69,6 +65,7 @@ def build_corpus(config: PretrainConfig, run: Run, model: Path) -> dict[str, Any
         "records of each": copies,
         "records": len(records),
         "documents": len(documents),
+        f"documents cut after {DOCUMENT_CHARACTERS:,} characters": cut,
         "sequences": len(rows["train"]),
         "tokens": sum(map(len, rows["train"])),
         "passes over them": round(wanted / len(rows["train"]), 2),
@@ -78,6 +75,25 @@ def build_corpus(config: PretrainConfig, run: Run, model: Path) -> dict[str, Any
     samples = [(m.smiles, answers(m.smiles)) for m in split["validation"][:4]]
     files["samples"] = samples  # type: ignore[assignment]
     return {"files": files, "facts": facts}
+
+
+def choose_documents(config: PretrainConfig, characters: int) -> tuple[list[str], int]:
+    """As many beginnings of documents, in an order by the seed, as have their share beside so many ``characters`` of
+    records; and how many of them are cut."""
+    if not (config.documents and config.document_share):
+        return [], 0
+    wanted = characters * config.document_share / (1 - config.document_share)
+    texts = read_documents(config.documents, limit=100_000, characters=DOCUMENT_CHARACTERS + 1)
+    random.Random(f"documents {config.seed}").shuffle(texts)
+    chosen: list[str] = []
+    cut = 0
+    for text in texts:
+        if wanted <= 0:
+            break
+        chosen.append(text[:DOCUMENT_CHARACTERS])
+        cut += len(text) > DOCUMENT_CHARACTERS
+        wanted -= len(chosen[-1])
+    return chosen, cut
 
 
 def copies_needed(config: PretrainConfig, steps: int) -> int:

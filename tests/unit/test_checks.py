@@ -56,6 +56,32 @@ def test_documents_without_text_are_refused(columns: dict[str, list[object]], re
         pretrain.check(load(pretrain.PretrainConfig, None, [f"documents={file}"]))
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["model.head_size=0"], "head_size: Input should be greater than or equal to 2"),
+        (["model.head_size=3"], "multiple of 2"),
+        (["max_length=4096", "model.context=64"], "give max_length=64, or model.context=4096"),
+        (["strategy=single", "workers=1", "dtype=bfloat16"], "give dtype=float32, or strategy=fsdp2"),
+        (["strategy=single", "workers=1", "gpus_per_worker=1"], "give dtype=float32, or strategy=fsdp2"),
+    ],
+)
+def test_a_new_model_that_cannot_be_trained_so_is_refused(keys: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load(pretrain.PretrainConfig, None, keys)
+
+
+def test_documents_that_are_cut_are_counted(tmp_path: Path) -> None:
+    from workloads.pretraining import DOCUMENT_CHARACTERS, choose_documents
+
+    file = tmp_path / "some.parquet"
+    pq.write_table(pa.table({"text": ["a" * DOCUMENT_CHARACTERS, "b" * 5000, "c"]}), file)
+    config = load(pretrain.PretrainConfig, None, [f"documents={file}", "document_share=0.5"])
+    texts, cut = choose_documents(config, 10_000)
+    assert sorted(map(len, texts)) == [1, 1000, 1000] and cut == 1
+    assert choose_documents(config, 0) == ([], 0)
+
+
 def test_documents_that_are_no_parquet_are_refused(documents: Path, tmp_path: Path) -> None:
     pretrain.check(load(pretrain.PretrainConfig, None, [f"documents={documents}"]))
     file = tmp_path / "bad.parquet"
