@@ -15,6 +15,8 @@ from cluster.inventory import Card, Host
 
 HOST = "workbench.host"
 OS = "workbench.os"
+NODE = "ray.io/node-id"
+"""Ray's own label of every node."""
 MPS = "mps"
 """The resource of an Apple GPU."""
 

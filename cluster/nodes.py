@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.labels import HOST, OS, CardOnHost, read_cards
+from cluster.labels import HOST, NODE, OS, CardOnHost, read_cards
 from workbench.errors import Failure
 from workbench.session import ClusterAddress
 
@@ -20,18 +20,21 @@ USAGE = re.compile(r"^([0-9.e+-]+)/([0-9.e+-]+) (\S+)")
 
 @dataclass(frozen=True)
 class Node:
-    """A live raylet. ``free`` is what nobody holds now; None where that could not be learned."""
+    """A live raylet. ``free`` is what nobody holds now; None where that could not be learned. ``unlabelled`` is Ray's
+    id of a raylet without our labels, which goes by its hostname."""
 
     host: str
     os: str = "linux"
     cards: tuple[CardOnHost, ...] = ()
     total: Mapping[str, float] = field(default_factory=dict)
     free: Mapping[str, float] | None = None
+    unlabelled: str = ""
 
 
 def node_of(labels: Mapping[str, str], hostname: str, total: Mapping[str, float], free: Any = None) -> Node:
     """The node that Ray describes by these labels and resources."""
-    return Node(labels.get(HOST, hostname), labels.get(OS, "linux"), read_cards(labels), dict(total), free)
+    unlabelled = "" if HOST in labels else labels.get(NODE, "")
+    return Node(labels.get(HOST, hostname), labels.get(OS, "linux"), read_cards(labels), dict(total), free, unlabelled)
 
 
 def member_nodes() -> list[Node]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from cluster.labels import HOST, MPS, CardOnHost, card_resource
+from cluster.labels import HOST, MPS, NODE, CardOnHost, card_resource
 from cluster.nodes import Node, member_nodes
 from workbench.errors import UserError
 from workbench.resources import ResourceRequest
@@ -116,7 +116,7 @@ class _Choice:
 def _choices(request: ResourceRequest, nodes: Sequence[Node], workers: int) -> Iterable[_Choice]:
     cpus = 0.0 if request.cpu is None else request.cpu
     wanted = [node for node in nodes if not request.host or node.host == request.host]
-    pin = {HOST: request.host} if request.host else {}
+    pin = _pin(request.host, wanted) if request.host else {}
     base = Placement(num_cpus=cpus, label_selector=pin, host=request.host, device=request.device)
     if request.all_on:
         yield from _all_cards(request, base, nodes, workers)
@@ -128,6 +128,12 @@ def _choices(request: ResourceRequest, nodes: Sequence[Node], workers: int) -> I
         yield _choice(replace(base, resources={MPS: 1.0}), wanted, ())
     else:
         yield _choice(base, wanted, ())
+
+
+def _pin(host: str, nodes: Sequence[Node]) -> dict[str, str]:
+    """The label selector of a host: our label, or Ray's ids of its raylets where they have none."""
+    ids = [node.unlabelled for node in nodes if node.unlabelled]
+    return {NODE: f"in({','.join(ids)})"} if ids else {HOST: host}
 
 
 def _one_card(request: ResourceRequest, base: Placement, nodes: Sequence[Node]) -> Iterable[_Choice]:
@@ -226,7 +232,9 @@ def lacking(bundle: dict[str, float], label_selector: dict[str, str], nodes: Seq
     where = [
         node
         for node in nodes
-        if _count({**bundle, "memory": 0.0}, node.total) and _selects(label_selector.get(HOST, node.host), node.host)
+        if _count({**bundle, "memory": 0.0}, node.total)
+        and _selects(label_selector.get(HOST, node.host), node.host)
+        and _selects(label_selector.get(NODE, node.unlabelled), node.unlabelled)
     ]
     short = {node.host: _short(bundle, node) for node in where}
     if not where:
@@ -235,7 +243,7 @@ def lacking(bundle: dict[str, float], label_selector: dict[str, str], nodes: Seq
 
 
 def _selects(selector: str, host: str) -> bool:
-    """Whether a label selector on the host's name, one of ours, takes ``host``."""
+    """Whether a label selector on the host's name or Ray's id, one of ours, takes ``host``."""
     return host in selector.removeprefix("in(").removesuffix(")").split(",")
 
 

@@ -1,5 +1,6 @@
 """Where a request goes, on made nodes: which resources it asks of Ray, and what is refused or must wait."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from made_cluster import INVENTORY, RTX_5090, RTX_PRO_6000, card, node, nodes
 from cluster.inventory import Host
 from cluster.labels import HOST, CardOnHost, read_cards
 from cluster.nodes import Node, node_of, parse_usage
-from cluster.placement import Placement, place
+from cluster.placement import Placement, lacking, place
 from workbench.errors import UserError
 from workbench.resources import ResourceRequest
 
@@ -115,6 +116,17 @@ def test_a_head_without_labels_gives_plain_cards_only() -> None:
     assert placed(on=bare, gpu="any").num_gpus == 1
     with pytest.raises(UserError, match="2 GPU without a name on somewhere"):
         placed(on=bare, gpu="rtx-5090")
+
+
+def test_a_host_without_labels_is_pinned_by_rays_id() -> None:
+    bare = [node_of({"ray.io/node-id": f"id-{name}"}, name, {"CPU": 4.0}, None) for name in ("one", "two")]
+    pinned = placed(on=bare, cpu=1, host="two")
+    assert pinned.label_selector == {"ray.io/node-id": "in(id-two)"}
+    assert lacking({"CPU": 5.0}, pinned.label_selector, bare) == "no host that is up has it"
+    taken = [replace(node, free={"CPU": 0.0}) for node in bare]
+    assert lacking({"CPU": 1.0}, pinned.label_selector, taken) == "two has 0 of 4 CPU free"
+    labelled = node_of({"workbench.host": "two", "ray.io/node-id": "id"}, "hostname", {"CPU": 4.0}, None)
+    assert placed(on=[labelled], cpu=1, host="two").label_selector == {"workbench.host": "two"}
 
 
 def test_alike_reserved_cards_of_a_host_are_told_apart() -> None:
