@@ -66,25 +66,27 @@ class Rank:
         self._rank, self._ranks = rank, ranks
         return f"{dist.get_backend()} on {torch.cuda.get_device_name() if cuda else 'CPU'}"
 
-    def measure(self, operation: str, size: int, rounds: int, repeats: int) -> dict[str, Any]:
-        """Seconds of one ``operation`` over ``size`` bytes in each of ``rounds``, as the mean of ``repeats`` in a row;
-        and how many numbers came out wrong in one before and one after."""
-        count = max(1, size // 4 // self._ranks) * self._ranks
-        wrong = self._wrong(operation, count)
-        given = torch.zeros(self._given(operation, count), device=self._device)
-        out = torch.empty(self._out(operation, count), device=self._device)
-        run = self._call(operation, given, out)
-        run()
-        seconds = []
-        for _ in range(rounds):
-            dist.barrier()
-            self._wait()
-            begun = time.perf_counter()
-            for _ in range(repeats):
-                run()
-            self._wait()
-            seconds.append((time.perf_counter() - begun) / repeats)
-        return {"bytes": 4 * count, "seconds": seconds, "wrong": wrong + self._wrong(operation, count)}
+    def prepare(self, operation: str, size: int) -> int:
+        """Make the buffers of ``operation`` over ``size`` bytes; how many bytes that is among these ranks."""
+        self._operation, self._count = operation, max(1, size // 4 // self._ranks) * self._ranks
+        given = torch.zeros(self._given(operation, self._count), device=self._device)
+        out = torch.empty(self._out(operation, self._count), device=self._device)
+        self._run = self._call(operation, given, out)
+        return 4 * self._count
+
+    def check(self) -> int:
+        """Run what was prepared once on made values; how many numbers came out wrong."""
+        return self._wrong(self._operation, self._count)
+
+    def measure(self, repeats: int) -> float:
+        """Seconds of what was prepared, as the mean of ``repeats`` in a row."""
+        dist.barrier()
+        self._wait()
+        begun = time.perf_counter()
+        for _ in range(repeats):
+            self._run()
+        self._wait()
+        return (time.perf_counter() - begun) / repeats
 
     def leave(self) -> None:
         """Take the group apart."""

@@ -6,13 +6,16 @@
 NCCL between cards, gloo between CPUs. What comes out of every collective is checked.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
-from cluster.nodes import member_nodes
-from cluster.placement import place
+from cluster.nodes import Node, member_nodes
+from cluster.placement import Placement, place
+from profiling.reasons import reason
 from workbench.errors import Failure, UserError
 from workbench.resources import Placed
 from workbench.runs import Run, Summary
@@ -49,7 +52,7 @@ class CollectivesConfig(Placed):
     factor: int = Field(4, ge=2, description="between one size and the next")
     rounds: int = Field(5, ge=1, description="medians and spread are over these")
     repeats: int = Field(5, ge=1, description="collectives in a row in each round")
-    timeout: float = Field(60.0, gt=0, description="seconds after which a collective hangs")
+    timeout: float = Field(60.0, gt=0, description="seconds after which one collective hangs")
 
     @model_validator(mode="after")
     def _sizes_in_order(self) -> "CollectivesConfig":
@@ -99,6 +102,18 @@ def run(config: CollectivesConfig, run: Run) -> Summary:
     }
 
 
+def placements(config: CollectivesConfig, nodes: Sequence[Node]) -> list[Placement]:
+    """Where each rank goes, in order. Raises UserError where a host, or the cluster, can never hold all its ranks."""
+    if not config.hosts:
+        return [place(config.request(), nodes, workers=config.workers)] * config.workers
+    hosts = [config.hosts[rank % len(config.hosts)] for rank in range(config.workers)]
+    placed = {
+        host: place(config.request().model_copy(update={"host": host}), nodes, workers=ranks)
+        for host, ranks in Counter(hosts).items()
+    }
+    return [placed[host] for host in hosts]
+
+
 class Group:
     """Ranks as Ray actors, joined in one process group."""
 
@@ -110,24 +125,20 @@ class Group:
         self._timeout = config.timeout
         self._config = config
         actor = ray.remote(Rank)
-        nodes = member_nodes()
-        self._ranks = []
-        for number in range(config.workers):
-            request = config.request()
-            if config.hosts:
-                request = request.model_copy(update={"host": config.hosts[number % len(config.hosts)]})
-            placement = place(request, nodes, workers=1 if config.hosts else config.workers)
-            if placement.waits:
-                run.say(placement.waits)
-            self._ranks.append(actor.options(**placement.options()).remote())
+        placed = placements(config, member_nodes())
+        for waits in dict.fromkeys(placement.waits for placement in placed if placement.waits):
+            run.say(waits)
+        self._ranks = [actor.options(**placement.options()).remote() for placement in placed]
         try:
             began = [rank.where.remote() for rank in self._ranks]
             places = self._ask("start", began, ROOM, seconds=max(self._timeout, START_SECONDS))
             self.hosts = [host for host, _, _ in places]
             first = f"{places[0][1]}:{places[0][2]}"
             run.say(f"{len(places)} ranks on {', '.join(dict.fromkeys(self.hosts))}")
+            # the group's own limit is longer than any of ours, which name the rank that does not answer
+            limit = config.timeout * (config.repeats + 2)
             joining = [
-                rank.join.remote(number, len(places), first, places[number][1], config.timeout)
+                rank.join.remote(number, len(places), first, places[number][1], limit)
                 for number, rank in enumerate(self._ranks)
             ]
             self.backend = ", ".join(dict.fromkeys(self._ask("join the group", joining)))
@@ -136,12 +147,28 @@ class Group:
             raise
 
     def measure(self, operation: str, size: int) -> list[dict[str, Any]]:
-        """What each rank measured. Raises Failure where not all have answered in time."""
-        rounds, repeats = self._config.rounds, self._config.repeats
-        asked = [rank.measure.remote(operation, size, rounds, repeats) for rank in self._ranks]
-        return self._ask(f"{operation} of {size:,} bytes", asked)
+        """What each rank measured: ``bytes``, ``seconds`` of one collective by round, and how many came out ``wrong``.
+
+        Raises Failure where a collective has not ended in time: alone within ``timeout``, in a round within ``timeout``
+        beyond what as many take at the pace of the first.
+        """
+        what, repeats = f"{operation} of {size:,} bytes", self._config.repeats
+        sizes = self._ask(what, [rank.prepare.remote(operation, size) for rank in self._ranks])
+        before = self._ask(what, [rank.check.remote() for rank in self._ranks])
+        alone = self._ask(what, [rank.measure.remote(1) for rank in self._ranks])
+        limit = self._timeout + repeats * max(alone)
+        rounds = [
+            self._ask(what, [rank.measure.remote(repeats) for rank in self._ranks], seconds=limit)
+            for _ in range(self._config.rounds)
+        ]
+        after = self._ask(what, [rank.check.remote() for rank in self._ranks])
+        return [
+            {"bytes": sizes[rank], "seconds": [row[rank] for row in rounds], "wrong": before[rank] + after[rank]}
+            for rank in range(len(self._ranks))
+        ]
 
     def _ask(self, what: str, asked: list[Any], advice: str = ADVICE, seconds: float = 0.0) -> list[Any]:
+        """The answers of all ranks within ``seconds``, or ``timeout``. Raises Failure with ``advice``."""
         import ray
 
         seconds = seconds or self._timeout
@@ -150,8 +177,8 @@ class Group:
             for one in done:
                 ray.get(one)
         except ray.exceptions.RayError as error:
-            cause = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
-            raise Failure(f"{what}: rank {asked.index(one)} failed: {cause}; {advice}") from None
+            said = reason(error, line=-1)
+            raise Failure(f"{what}: rank {asked.index(one)} failed: {said}; {advice}") from None
         if waiting:
             late = ", ".join(str(asked.index(one)) for one in waiting)
             raise Failure(f"{what} hangs: rank {late} has not answered for {seconds:g} s; {advice}")

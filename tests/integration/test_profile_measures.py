@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import psutil
 import pytest
 from kills import found
 
+from cluster.nodes import member_nodes
 from profiling import collectives, flame, pcie
 from profiling.collective_rank import interface_of
 from workbench.errors import Failure, UserError
@@ -46,7 +48,7 @@ def test_a_rank_that_stands_still_is_named_with_advice() -> None:
 
     thread = threading.Thread(target=stop_one)
     thread.start()
-    long = config.model_copy(update={"rounds": 2000})
+    long = config.model_copy(update={"rounds": 2000, "repeats": 20})
     with (
         open_run("profile", "collectives", long) as run,
         pytest.raises(Failure, match=r"hangs: rank .*NCCL_P2P_DISABLE"),
@@ -55,6 +57,17 @@ def test_a_rank_that_stands_still_is_named_with_advice() -> None:
     thread.join()
     _, alive = psutil.wait_procs(stopped, timeout=20)
     assert not alive
+
+
+@pytest.mark.usefixtures("ray_session", "runs_root")
+def test_ranks_are_pinned_to_a_host_without_labels_or_refused_at_once() -> None:
+    [node] = member_nodes()
+    assert node.unlabelled
+    config = collectives.CollectivesConfig(
+        **{**SMALL, "largest": 1024, "operations": ["all-gather"]}, hosts=[node.host], workers=2
+    )
+    with open_run("profile", "collectives", config) as run:
+        assert collectives.run(config, run)["hosts"] == socket.gethostname()
 
 
 @pytest.mark.usefixtures("ray_session", "runs_root")
