@@ -317,10 +317,14 @@ def _phases(told: list[dict[str, Any]], end: float) -> Iterator[Phase]:
 def read_phases(file: Path) -> list[Phase]:
     """Phases from JSON lines ``{"name": ..., "start": epoch seconds, "end": epoch seconds}``, in order of start.
 
-    Raises UserError with file and line for a line that is none.
+    Raises UserError for a file that is no text, with its line for a line that is none.
     """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"phases: {file} cannot be read ({error}): give a file of JSON lines, one a phase") from None
     phases = []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:

@@ -198,6 +198,13 @@ def test_a_line_that_is_no_phase_is_named(tmp_path: Path, line: str) -> None:
         read_phases(tmp_path / "p.jsonl")
 
 
+def test_a_file_of_phases_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\x80\xff")
+    for path in (tmp_path, tmp_path / "binary"):
+        with pytest.raises(UserError, match=r"phases: .*cannot be read.*JSON lines"):
+            read_phases(path)
+
+
 def test_a_phase_that_ends_before_it_starts_is_refused(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"name": "a", "start": 3, "end": 2}')
     with pytest.raises(UserError, match="'a' ends before it starts"):
