@@ -2,8 +2,8 @@
 
     workbench profile flame actor=my-actor seconds=10
 
-For stages that a core bounds. The actor is not stopped, restarted or changed. py-spy reads another process's memory,
-which Linux allows to root, or to everybody by ``kernel.yama.ptrace_scope=0``.
+For stages that a core bounds. The actor is not restarted or changed; py-spy pauses it for as long as each sample takes.
+It reads another process's memory, which Linux allows to root, or to everybody by ``kernel.yama.ptrace_scope=0``.
 """
 
 import difflib
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from profiling.reasons import reason
 from workbench.config import Config
 from workbench.errors import Failure, UserError
 from workbench.files import write_atomic
@@ -44,8 +45,8 @@ def run(config: FlameConfig, run: Run) -> Summary:
     run.say(f"sampling {found['class_name']} (process {found['pid']}) for {seconds} s")
     try:
         stacks = ray.get(sampling.remote(found["pid"], seconds, config.rate, config.idle))
-    except ray.exceptions.RayTaskError as error:
-        raise Failure(str(error.cause)) from None
+    except ray.exceptions.RayError as error:
+        raise Failure(f"{config.actor}: {reason(error)}") from None
     write_atomic(run.artifact("stacks.txt"), stacks)
     counts = read_stacks(stacks)
     total = sum(counts.values())

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from cluster.nodes import Node, member_nodes
 from cluster.placement import Placement, place
+from profiling.reasons import reason
 from profiling.shares import link_bytes
 from workbench.config import Config
 from workbench.errors import Failure, UserError
@@ -31,7 +32,7 @@ class PcieConfig(Config):
     factor: int = Field(8, ge=2, description="between one size and the next")
     rounds: int = Field(7, ge=1, description="medians and spread are over these")
     nvbandwidth: bool = Field(True, description="run nvbandwidth beside it where it is installed")
-    timeout: float = Field(900.0, gt=0, description="seconds after which a host hangs")
+    timeout: float = Field(900.0, gt=0, description="seconds after which a host hangs, from when it is free to measure")
 
     @model_validator(mode="after")
     def _sizes_in_order(self) -> "PcieConfig":
@@ -50,7 +51,7 @@ class PcieConfig(Config):
 def run(config: PcieConfig, run: Run) -> Summary:
     """Measure host after host: several at once would share what lies between them.
 
-    Raises UserError for a host that is not there, Failure where bytes arrived wrong or a host hangs.
+    Raises UserError for a host that is not there, Failure where bytes arrived wrong, or a host hangs or dies.
     """
     nodes = member_nodes()
     known = [node.host for node in nodes]
@@ -71,28 +72,48 @@ def run(config: PcieConfig, run: Run) -> Summary:
     }
 
 
+class Worker:
+    """A process on the host, which holds its cards while it measures; a Ray actor."""
+
+    def ready(self) -> None:
+        """Answer: what was asked for is held."""
+
+    def copies(self, sizes: list[int], rounds: int) -> dict[str, Any]:
+        """``profiling.copies.measure_host``."""
+        from profiling.copies import measure_host
+
+        return measure_host(sizes, rounds)
+
+    def nvbandwidth(self) -> dict[str, Any]:
+        """``profiling.nvbandwidth.run_nvbandwidth``."""
+        from profiling.nvbandwidth import run_nvbandwidth
+
+        return run_nvbandwidth()
+
+
 def _measure(node: Node, nodes: list[Node], config: PcieConfig, run: Run) -> dict[str, Any]:
     import ray
 
-    from profiling.copies import measure_host
-    from profiling.nvbandwidth import run_nvbandwidth
-
-    options = _placement(node, nodes).options()
-    run.say(f"measuring {node.host}")
-    asked = ray.remote(max_retries=0)(measure_host).options(**options).remote(config.sizes(), config.rounds)
+    placement = _placement(node, nodes)
+    if placement.waits:
+        run.say(placement.waits)
+    worker = ray.remote(Worker).options(**placement.options()).remote()
+    theirs: dict[str, Any] = {"missing": "not asked for"}
     try:
-        host = ray.get(asked, timeout=config.timeout)
+        ray.get(worker.ready.remote())
+        run.say(f"measuring {node.host}")
+        host = ray.get(worker.copies.remote(config.sizes(), config.rounds), timeout=config.timeout)
+        if config.nvbandwidth and host["cards"]:
+            theirs = _theirs(worker, config.timeout)
     except ray.exceptions.GetTimeoutError:
-        ray.cancel(asked, force=True)
         raise Failure(
             f"{node.host} has not answered for {config.timeout:g} s: a card waits for another process, or a copy "
             "between cards hangs (try NCCL_P2P_DISABLE=1 for jobs, and look at IOMMU and ACS)"
         ) from None
-    except ray.exceptions.RayTaskError as error:
-        raise Failure(f"{node.host}: {error.cause}") from None
-    theirs: dict[str, Any] = {"missing": "not asked for"}
-    if config.nvbandwidth and host["cards"]:
-        theirs = ray.get(ray.remote(max_retries=0)(run_nvbandwidth).options(**options).remote())
+    except ray.exceptions.RayError as error:
+        raise Failure(f"{node.host}: {reason(error)}") from None
+    finally:
+        ray.kill(worker)
     host["table"] = [_row(host, row, theirs) for row in host["rows"]]
     _report(run, host, theirs, config.sizes()[-1])
     for row in host["table"]:
@@ -100,6 +121,16 @@ def _measure(node: Node, nodes: list[Node], config: PcieConfig, run: Run) -> dic
             of = f", {row['percent_of_link']:.0f}% of its link" if row["percent_of_link"] else ""
             run.say(f"{node.host}: {row['way']}: {row['gb_per_s']:.2f} GB/s{of}, spread {row['spread_percent']:.0f}%")
     return dict(host)
+
+
+def _theirs(worker: Any, seconds: float) -> dict[str, Any]:
+    """What nvbandwidth says; ``missing`` says why it does not: our copies count without it."""
+    import ray
+
+    try:
+        return dict(ray.get(worker.nvbandwidth.remote(), timeout=seconds))
+    except ray.exceptions.RayError as error:
+        return {"missing": f"nvbandwidth: {reason(error)}"}
 
 
 def _placement(node: Node, nodes: list[Node]) -> Placement:
