@@ -67,6 +67,7 @@ def row(exchange: Exchange) -> dict[str, Any]:
         "total_ms": _ms(exchange.total_s),
         "prompt_tokens": exchange.prompt_tokens,
         "completion_tokens": exchange.completion_tokens,
+        "side_tokens": exchange.side_tokens,
         "cost": exchange.cost,
         "energy_wh": exchange.energy_wh,
     }

@@ -310,8 +310,8 @@ class Gateway:
         access_log.write(state.logger, exchange, self._settings.log_text)
         if state.recorder and exchange.admitted and (exchange.served or exchange.error):
             state.recorder.request(exchange)
-        if not exchange.served:
-            return  # it was refused
+        if not (exchange.served or exchange.side_tokens or exchange.cost):
+            return  # no engine worked for it
         used = Usage(1, exchange.prompt_tokens + exchange.side_tokens, exchange.completion_tokens, exchange.cost)
         task = asyncio.create_task(self._charge(exchange.key, used))
         state.later.add(task)

@@ -69,6 +69,7 @@ class Metrics:
             self._token.labels(*who).observe(exchange.inter_token_s)
         self._tokens.labels(*who, "prompt").inc(exchange.prompt_tokens)
         self._tokens.labels(*who, "completion").inc(exchange.completion_tokens)
+        self._tokens.labels(*who, "side").inc(exchange.side_tokens)
         if exchange.cost:
             self._cost.labels(*who).inc(exchange.cost)
         if exchange.energy_wh:

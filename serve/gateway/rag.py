@@ -26,6 +26,7 @@ from serve.gateway.relay import Send, marks, relay
 from serve.gateway.settings import ModelPolicy, RagConfig
 from serve.gateway.sse import text_of
 from serve.retrieval import WORDINGS, Documents, Found, parse_wordings, source_rows
+from workbench.errors import UserError
 
 DONE = re.compile(rb"^data:\s?\[DONE\]", re.MULTILINE)
 """The last event: at the beginning of a line, for an answer may speak of it."""
@@ -46,7 +47,7 @@ class Rag:
         self._searches = ThreadPoolExecutor(1, "documents")  # Milvus Lite takes one at a time
 
     async def answer(self, exchange: Exchange, send: Send) -> None:
-        """Answer ``exchange`` over the documents. Raises ApiError 400 where there is no question."""
+        """Answer ``exchange`` over the documents. ApiError 400: no question, or a mode that they lack."""
         body = exchange.body
         question = last_question(body)
         assert body is not None
@@ -83,11 +84,16 @@ class Rag:
             if error.status < 500 or not hits or exchange.started:
                 raise
             told["status"] = "no model"
+            exchange.error, exchange.reason = error.kind, exchange.reason or error.message
+            exchange.served = exchange.fallback_from = ""
             lines = [f"[{i}] {hit.title}: {hit.text}" for i, hit in enumerate(hits, 1)]
             await whole(exchange, send, "\n\n".join([MODEL_DOWN, *lines]), hits, told)
 
     async def _search(self, asked: list[str], mode: Mode) -> Found | None:
-        """The passages, or None where the documents cannot be asked in time."""
+        """The passages, or None where the documents cannot be asked in time.
+
+        Raises ApiError 400 where they cannot be asked in this mode.
+        """
         try:
             trying = self._breaker.enter()
         except ApiError:
@@ -101,6 +107,8 @@ class Rag:
             self._breaker.answered()
             return found
         except Exception as error:
+            if isinstance(error, UserError) and str(error).startswith("mode:"):
+                raise bad_request("These documents have no index of words: give rag.mode dense.", "rag.mode") from None
             self._breaker.failed()
             log.warning("the documents cannot be searched: %s: %s", type(error).__name__, error)
             return None

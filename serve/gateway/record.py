@@ -134,7 +134,7 @@ def _requests_schema() -> Any:
         "reason", "user", "body", "answer",
     ]  # fmt: skip
     floats = ["time", "queued_ms", "first_token_ms", "inter_token_ms", "total_ms", "cost", "energy_wh"]
-    whole = ["status", "attempts", "prompt_tokens", "completion_tokens"]
+    whole = ["status", "attempts", "prompt_tokens", "completion_tokens", "side_tokens"]
     return pa.schema(
         [(name, pa.string()) for name in texts]
         + [(name, pa.float64()) for name in floats]
@@ -155,11 +155,12 @@ SCHEMAS = {"requests": _requests_schema, "feedback": _feedback_schema}
 
 
 def read_rows(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """All rows of ``kind`` (requests or feedback) in a folder, oldest first."""
+    """All rows of ``kind`` (requests or feedback) in a folder, oldest first; a column that a file lacks is None."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     files = sorted(folder.glob(f"{kind}-*.parquet"))
     if not files:
         return []
-    return list(pa.concat_tables([pq.read_table(file) for file in files]).to_pylist())
+    tables = [pq.read_table(file) for file in files]
+    return list(pa.concat_tables(tables, promote_options="default").to_pylist())

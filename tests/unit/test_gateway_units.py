@@ -430,6 +430,19 @@ def test_without_texts_a_record_has_none(tmp_path: Path) -> None:
     assert (row["body"], row["answer"], row["user"]) == (None, None, "u")
 
 
+def test_a_record_that_lacks_a_column_is_read(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from serve.gateway.record import SCHEMAS, read_rows
+
+    pq.write_table(pa.table({"request_id": ["old"]}), tmp_path / "requests-1.parquet")
+    new = {"request_id": "new", "side_tokens": 3}
+    pq.write_table(pa.Table.from_pylist([new], SCHEMAS["requests"]()), tmp_path / "requests-2.parquet")
+    rows = read_rows(tmp_path, "requests")
+    assert [(row["request_id"], row["side_tokens"]) for row in rows] == [("old", None), ("new", 3)]
+
+
 # The middleware
 
 
