@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 from serve.model_size import Attention, ModelSize, Tensor, layer_of, tensor_kind
 from workbench.errors import UserError
@@ -18,32 +17,44 @@ def read_gguf(file: Path) -> ModelSize:
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise UserError(f"{file} is no GGUF file: {error}") from None
 
-    def field(key: str, default: Any = 0) -> Any:
+    def field(key: str) -> int:
+        return max(by_layer(key))
+
+    def by_layer(key: str) -> list[int]:
+        """One number, or one for each layer; 0 where there is none."""
         found = reader.fields.get(f"{name}.{key}")
-        return found.contents() if found else default
+        given = found.contents() if found else 0
+        try:
+            return [int(each) for each in (given if isinstance(given, list) else [given])] or [0]
+        except (TypeError, ValueError):
+            raise UserError(f"the size of '{file}' is not known here: {name}.{key} is {given!r}, no number") from None
 
     tensors = tuple(
         Tensor(t.name, math.prod(int(n) for n in t.shape), int(t.n_bytes), tensor_kind(t.name, len(t.shape)),
                layer_of(t.name))
         for t in reader.tensors
     )  # fmt: skip
-    heads, hidden = int(field("attention.head_count")), int(field("embedding_length"))
-    own = hidden // heads
-    width = int(field("attention.key_length") or own) + int(field("attention.value_length") or own)
-    cached = Attention(int(field("attention.head_count_kv") or heads), width)
+    heads, hidden, layers = field("attention.head_count"), field("embedding_length"), field("block_count")
+    own = hidden // max(1, heads)
+    width = (field("attention.key_length") or own) + (field("attention.value_length") or own)
+    cached = by_layer("attention.head_count_kv") if field("attention.head_count_kv") else [heads]
+    if len(cached) == 1:
+        cached *= layers
+    if len(cached) != layers:
+        raise UserError(f"{file} has {layers} layers and key-value heads for {len(cached)}")
     names = {tensor.name for tensor in tensors}
     return ModelSize(
         source=str(file),
         tensors=tensors,
-        attention=(cached,) * int(field("block_count")),
+        attention=tuple(Attention(count, width) if count else None for count in cached),
         vocabulary=next((int(t.shape[-1]) for t in reader.tensors if t.name == "token_embd.weight"), 0),
         hidden=hidden,
-        intermediate=int(field("feed_forward_length")),
+        intermediate=field("feed_forward_length"),
         heads=heads,
-        context=int(field("context_length")),
+        context=field("context_length"),
         dtype="float16",
-        experts=int(field("expert_count")),
-        chosen=int(field("expert_used_count")),
+        experts=field("expert_count"),
+        chosen=field("expert_used_count"),
         tied="output.weight" not in names,
         format="gguf",
     )

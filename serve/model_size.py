@@ -14,6 +14,7 @@ import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,12 @@ WHOLE = ("q_a_proj", "kv_a_proj", "router", "shared_expert_gate", "mlp.gate.", "
 
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
           "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U32": 4, "U16": 2, "U64": 8}  # fmt: skip
+UNCACHED = ("linear_attention", "mamba", "conv", "recurrent", "mlp", "moe")
+"""Kinds of layers without a KV cache, as configs name them."""
+BLOCK = 16
+"""Tokens of a block of vLLM's cache."""
+IN_FLIGHT = 2 * 2048
+"""Tokens that are scheduled and not yet settled: two steps of vLLM's default on a card below 70 GiB."""
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "half": 2, "float": 4, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 
 
@@ -55,12 +62,19 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Attention:
-    """What a token leaves in the cache of one layer: ``width`` numbers of each of ``heads``; ``window`` tokens at most
-    (0: all). Latent attention has one head that is not divided."""
+    """What a token leaves in the cache of one layer: ``width`` numbers of each of ``heads``, while it is in the
+    ``window`` (0: always). Latent attention has one head that is not divided."""
 
     heads: int
     width: int
     window: int = 0
+
+    def tokens(self, length: int, in_flight: int) -> int:
+        """Tokens that vLLM keeps room for in a sequence of ``length``: with a window, of that and of all in flight in
+        whole blocks, and of one block more (``SlidingWindowSpec.max_admission_blocks_per_request``)."""
+        if not self.window:
+            return length
+        return min(length, (math.ceil((self.window - 1 + in_flight) / BLOCK) + 1) * BLOCK)
 
 
 @dataclass(frozen=True)
@@ -115,25 +129,27 @@ class ModelSize:
             return 0.0
         return 1.0
 
-    def kv_bytes(self, length: int, cache_dtype: str = "auto", tensor_parallel: int = 1) -> int:
-        """Bytes of the cache of one sequence of ``length`` tokens on one of ``tensor_parallel`` ranks."""
-        return sum(self.kv_of_layer(layer, length, cache_dtype, tensor_parallel) for layer in range(self.layers))
+    def kv_bytes(self, length: int, cache_dtype: str = "auto") -> int:
+        """Bytes of the cache of one sequence of ``length`` tokens on one rank."""
+        return sum(self.kv_of_layer(layer, length, cache_dtype) for layer in range(self.layers))
 
-    def kv_of_layer(self, layer: int, length: int, cache_dtype: str = "auto", tensor_parallel: int = 1) -> int:
-        """The same of one layer. Keys and values of fewer heads than ranks are held by several ranks."""
+    def kv_of_layer(
+        self, layer: int, length: int, cache_dtype: str = "auto", tensor_parallel: int = 1, in_flight: int = IN_FLIGHT
+    ) -> int:
+        """The same of one layer, on one of ``tensor_parallel`` ranks: keys and values of fewer heads than ranks are
+        held by several."""
         found = self.attention[layer]
         if found is None:
             return 0
         each = BYTES.get(cache_dtype, BYTES.get(self.dtype, 2))
-        tokens = min(length, found.window) if found.window else length
-        return tokens * math.ceil(found.heads / tensor_parallel) * found.width * each
+        return found.tokens(length, in_flight) * math.ceil(found.heads / tensor_parallel) * found.width * each
 
 
 def read_size(source: str, dtype: str = "auto", quantization: str = "") -> ModelSize:
     """The size of the model at ``source``: a folder, a ``config.json``, a GGUF file, or a name on the hub.
 
-    ``dtype`` is what vLLM is told to compute in, ``quantization`` what it quantises to while it loads
-    (``fp8_per_tensor``, ...). Raises UserError for what is no model.
+    ``dtype`` is what vLLM is told to compute in (``auto`` makes 16 bits of float32), ``quantization`` what it quantises
+    to while it loads (``fp8_per_tensor``, ...). Raises UserError for what is no model.
     """
     path = Path(source)
     if path.suffix == ".gguf":
@@ -152,11 +168,18 @@ def _size_of(source: str, config: Any, dtype: str, quantization: str) -> ModelSi
     path = Path(source)
     text = config.get_text_config()
     held = dtype if dtype != "auto" else str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
-    described = _quantization(config, quantization)
+    if dtype == "auto" and held == "float32":
+        held = "bfloat16"
+    packed, described = _quantization(config, quantization)
     headers = _headers(path if path.is_dir() else path.parent) if path.exists() else _hub_headers(source)
     tied = bool(getattr(text, "tie_word_embeddings", False))
-    if headers and not quantization:
+    if headers and (packed or not quantization):
         tensors = tuple(_from_headers(headers, BYTES.get(held, 2), described, tied))
+    elif described.name and not described.bits:
+        raise UserError(
+            f"no size of the quantisation '{described.name}' is known here"
+            + (": give a folder with its weights" if packed else "")
+        )
     else:
         tensors = tuple(_from_config(config, BYTES.get(held, 2), described))
     wide = _first(text, "intermediate_size", "ffn_dim", "n_inner") or text.hidden_size
@@ -189,7 +212,7 @@ def _config(source: str) -> Any:
 
 def attention_of(text: Any) -> tuple[Attention | None, ...]:
     """What each layer of a Transformers config caches; None for layers without attention (their state is not
-    counted)."""
+    counted). A kind that is not known counts as full attention."""
     rank = getattr(text, "kv_lora_rank", None)
     if rank:
         full = Attention(1, int(rank) + int(text.qk_rope_head_dim))
@@ -198,14 +221,11 @@ def attention_of(text: Any) -> tuple[Attention | None, ...]:
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         full = Attention(int(heads), 2 * int(width))
     window = getattr(text, "sliding_window", None) or 0
-    types = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-    kinds: dict[str, Attention | None] = {
-        "full_attention": full,
-        "sliding_attention": Attention(full.heads, full.width, int(window)),
-        "linear_attention": None,
-        "mamba": None,
-    }
-    return tuple(kinds.get(kind, full) for kind in types)
+    types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
+    sliding = Attention(full.heads, full.width, int(window))
+    kinds: dict[str, Attention | None] = {"sliding_attention": sliding, "hybrid_sliding": sliding}
+    kinds |= dict.fromkeys(UNCACHED)
+    return tuple(kinds.get(kind, full) for kind in types or ["full_attention"] * text.num_hidden_layers)
 
 
 def tensor_kind(name: str, dimensions: int) -> Kind:
@@ -264,7 +284,8 @@ def _hub_headers(name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Format:
-    """How linear layers are held: bits a number, and bytes of scales for every ``group`` of them (0: none)."""
+    """How linear layers are held: bits a number (0: not packed, or not known), and bytes of scales for every ``group``
+    of them (0: none)."""
 
     name: str = ""
     bits: float = 0.0
@@ -276,12 +297,20 @@ class Format:
         """Bytes of scales of a matrix of ``numbers``."""
         return math.ceil(numbers / self.group * self.scale_bytes) if self.group else 0
 
+    def packs(self, name: str) -> bool:
+        """Whether the matrix of this name is held so: ``skipped`` has parts of names, ``*`` in them for any text."""
+        return bool(self.bits) and not any(fnmatch(name, f"*{part}*") for part in self.skipped)
 
-def _quantization(config: Any, asked: str) -> Format:
-    """The format of a model's ``quantization_config``, or of what vLLM quantises to as it loads."""
+
+def _quantization(config: Any, asked: str) -> tuple[bool, Format]:
+    """(whether the files are packed, the format of their ``quantization_config``, or of what vLLM quantises to)."""
     given = getattr(config, "quantization_config", None) or {}
     described: Mapping[str, Any] = given if isinstance(given, Mapping) else given.to_dict()
-    method = str(described.get("quant_method", "")).removeprefix("QuantizationMethod.").lower() or asked
+    own = str(described.get("quant_method", "")).removeprefix("QuantizationMethod.").lower()
+    return bool(own), _format(own or asked, described)
+
+
+def _format(method: str, described: Mapping[str, Any]) -> Format:
     skipped = tuple(described.get("modules_to_not_convert") or described.get("ignore") or ()) or ("lm_head",)
     if method in ("awq", "gptq", "awq_marlin", "gptq_marlin", "auto-round"):
         bits, group = int(described.get("bits", 4)), int(described.get("group_size", 128))
@@ -302,9 +331,9 @@ def _quantization(config: Any, asked: str) -> Format:
         weights: dict[str, Any] = next((each.get("weights") or {} for each in groups.values()), {})
         group = int(weights.get("group_size") or 0)
         return Format(method, int(weights.get("num_bits", 8)), max(group, 0), 2.0 if group > 0 else 0.0, skipped)
-    if method:
-        raise UserError(f"no size of the quantisation '{method}' is known here: give a folder with its weights")
-    return Format()
+    if method == "mxfp4":
+        return Format(method, 4, 32, 1.0, skipped)
+    return Format(method)
 
 
 def _from_headers(headers: Mapping[str, Any], held: int, described: Format, tied: bool) -> Iterator[Tensor]:
@@ -333,8 +362,8 @@ def _kind_of_scales(name: str) -> Kind:
 def _from_config(config: Any, held: int, described: Format) -> Iterator[Tensor]:
     for name, shape in _parameters(config):
         numbers, kind = math.prod(shape), tensor_kind(name, len(shape))
-        packed = described.bits and kind in ("split", "heads", "expert") and layer_of(name) is not None
-        if packed and not any(word in name for word in described.skipped):
+        linear = kind in ("split", "heads", "expert") and layer_of(name) is not None
+        if linear and described.packs(name):
             yield Tensor(
                 name, numbers, math.ceil(numbers * described.bits / 8), kind, layer_of(name), described.scales(numbers)
             )

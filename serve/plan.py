@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from serve.cards import SIZES_GB, inventory_cards, named_card
-from serve.model_size import ModelSize, read_size
+from serve.model_size import IN_FLIGHT, ModelSize, read_size
 from serve.source import model_source
 from serve.split import GIB, Card, Fit, Rank, Serving, Split, fit, layers_by_memory, objection
 from workbench.config import Config, InputPath
@@ -61,6 +61,8 @@ def run(config: PlanConfig, run: Run) -> Summary:
     run.report.table(
         "KV cache of one sequence",
         [{"tokens": how.length, "GiB": size.kv_bytes(how.length, how.cache_dtype) / GIB} for how in serving],
+        note=f"Of layers with a sliding window the window and {IN_FLIGHT:,} tokens in flight, which vLLM keeps room "
+        "for; below, as many as are vLLM's default on the cards.",
     )
     run.report.table(
         "What fits where",

@@ -11,7 +11,7 @@ else an equal part of each. What is counted is bytes; ``ENGINE`` is assumed, not
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from serve.model_size import ModelSize, Tensor
 
@@ -31,14 +31,25 @@ class Card:
 
 @dataclass(frozen=True)
 class Serving:
-    """How an engine is run: tokens of a sequence, share of a card, dtype of the cache, tokens of one forward pass,
-    bytes of a draft model beside it."""
+    """How an engine is run: tokens of a sequence, share of a card, dtype of the cache, tokens of one forward pass (0:
+    vLLM's default), bytes of a draft model beside it."""
 
     length: int
     utilization: float = 0.92
     cache_dtype: str = "auto"
-    batched_tokens: int = 8192
+    batched_tokens: int = 0
     beside: int = 0
+
+    def on(self, cards: Sequence[Card]) -> "Serving":
+        """The same with vLLM's default of ``batched_tokens`` filled in, which goes by a card's memory; of unlike cards
+        the largest, for any of them may be asked."""
+        largest = max(card.memory_gb for card in cards)
+        default = 16384 if largest >= 160 else 8192 if largest >= 70 else 2048
+        return replace(self, batched_tokens=self.batched_tokens or default)
+
+    def in_flight(self, stages: int) -> int:
+        """Tokens that are scheduled and not yet settled: a step for each stage and, as steps overlap, one more."""
+        return (stages + 1) * self.batched_tokens
 
 
 @dataclass(frozen=True)
@@ -179,6 +190,7 @@ def fit(size: ModelSize, split: Split, cards: Sequence[Card], serving: Serving) 
     """``split`` on ``cards``, one for each rank: the ranks of a stage follow each other, then the next stage's."""
     if len(cards) != split.ranks:
         raise ValueError(f"{len(cards)} cards for {split.ranks} ranks")
+    serving = serving.on(cards)
     ranks = []
     for index, card in enumerate(cards):
         stage = index // split.tensor % split.stages
@@ -187,7 +199,7 @@ def fit(size: ModelSize, split: Split, cards: Sequence[Card], serving: Serving) 
         first = sum(split.layers[:stage])
         cached, token = (
             sum(
-                size.kv_of_layer(layer, length, serving.cache_dtype, split.tensor)
+                size.kv_of_layer(layer, length, serving.cache_dtype, split.tensor, serving.in_flight(split.stages))
                 for layer in range(first, first + split.layers[stage])
             )
             for length in (serving.length, 1)
@@ -229,7 +241,7 @@ def layers_by_memory(size: ModelSize, cards: Sequence[Card], serving: Serving, t
     The most tokens for which every stage still holds enough layers is found by bisection; layers that are left over
     when all have what they must hold go where most room is.
     """
-    stages = len(cards)
+    stages, serving = len(cards), serving.on(cards)
     even = Split(tuple(size.layers // stages + (i < size.layers % stages) for i in range(stages)), tensor)
     per_layer = [0] * size.layers
     for weight in size.tensors:
@@ -242,7 +254,11 @@ def layers_by_memory(size: ModelSize, cards: Sequence[Card], serving: Serving, t
         fixed = sum(round(t.total * portion(size, even, t)) for t in apart) + assumed(size, even, serving)
         room.append(int(card.memory_gb * serving.utilization * GIB) - fixed)
     cached = max(
-        (size.kv_of_layer(i, serving.length, serving.cache_dtype, tensor) for i in range(size.layers)), default=0
+        (
+            size.kv_of_layer(i, serving.length, serving.cache_dtype, tensor, serving.in_flight(stages))
+            for i in range(size.layers)
+        ),
+        default=0,
     )
 
     def holds(sequences: float) -> list[int]:

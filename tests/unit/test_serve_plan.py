@@ -9,7 +9,7 @@ from models import make_tiny_llama, quantise
 
 from serve import plan
 from serve.cards import card_of, named_card
-from serve.model_size import ModelSize, read_size
+from serve.model_size import ModelSize, attention_of, read_size
 from serve.split import GIB, Card, Serving, Split, fit, layers_by_memory, objection
 from workbench.config import load
 from workbench.errors import UserError
@@ -87,7 +87,8 @@ def test_awq_has_half_a_byte_a_number_and_a_scale_and_zero_for_128(tmp_path: Pat
     assert size.bytes == linear // 2 + 2 * (size.parameters - linear)
 
 
-def test_a_sliding_window_bounds_the_cache(tmp_path: Path) -> None:
+def test_a_sliding_window_and_what_is_in_flight_bound_the_cache(tmp_path: Path) -> None:
+    """4,095 tokens of the window and two steps, in blocks of 16, and a block: as vLLM's ``SlidingWindowSpec``."""
     kinds = ["sliding_attention"] * 16 + ["full_attention"] * 16
     config = LLAMA_8B | {
         "model_type": "qwen2",
@@ -96,7 +97,78 @@ def test_a_sliding_window_bounds_the_cache(tmp_path: Path) -> None:
         "use_sliding_window": True,
     }
     size = size_of(tmp_path, config)
-    assert size.kv_bytes(32768) == 4096 * (16 * 4096 + 16 * 32768)
+    assert size.kv_bytes(32768) == 4096 * (16 * (4096 + 2 * 2048 + 16) + 16 * 32768)
+    assert size.kv_bytes(5000) == 4096 * 32 * 5000
+    for card, step in ((Card("a", 32), 2048), (Card("b", 96), 8192)):
+        [rank] = fit(size, Split((32,)), [card], Serving(32768)).ranks
+        assert rank.kv_sequence == 4096 * (16 * (4096 + 2 * step + 16) + 16 * 32768)
+    [rank] = fit(size, Split((32,)), [Card("b", 96)], Serving(32768, batched_tokens=1024)).ranks
+    assert rank.kv_sequence == 4096 * (16 * (4096 + 2 * 1024 + 16) + 16 * 32768)
+
+
+@pytest.mark.parametrize(
+    ("config", "attention"),
+    [
+        (
+            {"model_type": "nemotron_h", "num_hidden_layers": 52,
+             "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"}, 4,
+        ),
+        ({"model_type": "lfm2", "num_hidden_layers": 16, "full_attn_idxs": [2, 5, 8, 10, 12, 14]}, 6),
+        ({"model_type": "recurrent_gemma", "num_hidden_layers": 26}, 8),
+    ],
+    ids=["nemotron-h-8b", "lfm2-1.2b", "recurrentgemma-2b"],
+)  # fmt: skip
+def test_layers_of_hybrids_without_attention_cache_nothing(config: dict[str, Any], attention: int) -> None:
+    from transformers import AutoConfig
+
+    found = attention_of(AutoConfig.for_model(**config))
+    assert (len(found), sum(layer is not None for layer in found)) == (config["num_hidden_layers"], attention)
+
+
+def test_float32_is_served_in_16_bits_unless_it_is_asked_for(tmp_path: Path) -> None:
+    size = size_of(tmp_path, LLAMA_8B | {"dtype": "float32"})
+    asked = read_size(str(tmp_path), "float32")
+    assert size.bytes == 2 * size.parameters and size.kv_bytes(1) == 128 << 10
+    assert (asked.bytes, asked.kv_bytes(1)) == (2 * size.bytes, 2 * size.kv_bytes(1))
+
+
+@pytest.mark.parametrize(("method", "parameters"), [("mxfp4", 64000 + 4 * 128 * 64), ("novel", 64000 + 4 * 128 * 32)])
+def test_any_quantisation_is_measured_by_its_files(tmp_path: Path, method: str, parameters: int) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    config = MIXTRAL | {
+        "model_type": "gpt_oss", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "num_local_experts": 4, "quantization_config": {"quant_method": method},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if method == "novel":
+        with pytest.raises(UserError, match="'novel' is known here: give a folder with its weights"):
+            read_size(str(tmp_path))
+    experts = "model.layers.0.mlp.experts.gate_up_proj"
+    tensors = {
+        "model.embed_tokens.weight": torch.zeros(1000, 64, dtype=torch.bfloat16),
+        f"{experts}_blocks": torch.zeros(4, 128, 2, 16, dtype=torch.uint8),
+        f"{experts}_scales": torch.zeros(4, 128, 2, dtype=torch.uint8),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    size = read_size(str(tmp_path))
+    assert (size.bytes, size.scales) == (2 * 64000 + 4 * 128 * 32, 4 * 128 * 2)
+    assert (size.parameters, size.format) == (parameters, method)
+
+
+def test_mxfp4_by_config_packs_experts_and_nothing_that_it_names(tmp_path: Path) -> None:
+    skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"]
+    config = MIXTRAL | {
+        "model_type": "gpt_oss", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "num_local_experts": 4, "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": skipped},
+    }  # fmt: skip
+    size = size_of(tmp_path, config)
+    packed = {tensor.name.split(".")[3] for tensor in size.tensors if tensor.scales}
+    assert packed == {"mlp"}
+    assert not [tensor.name for tensor in size.tensors if tensor.scales and "router" in tensor.name]
 
 
 def test_a_folder_is_measured_by_its_files(tmp_path: Path) -> None:
@@ -152,6 +224,25 @@ def test_a_gguf_file_is_measured_by_its_table(tmp_path: Path) -> None:
     file.write_bytes(b"nonsense")
     with pytest.raises(UserError, match="no GGUF file"):
         read_size(str(file))
+
+
+def test_heads_of_each_layer_of_a_gguf_file(tmp_path: Path) -> None:
+    import gguf
+    import numpy as np
+
+    file = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(file, "lfm2")
+    writer.add_block_count(3)
+    writer.add_embedding_length(64)
+    writer.add_head_count(4)
+    writer.add_array("lfm2.attention.head_count_kv", [0, 2, 0])
+    writer.add_tensor("token_embd.weight", np.zeros((10, 64), np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    size = read_size(str(file))
+    assert size.layers == 3 and size.kv_bytes(10) == 10 * 2 * 2 * 16 * 2
 
 
 def test_weights_that_are_cut_off_are_named(tmp_path: Path) -> None:
