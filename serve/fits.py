@@ -4,14 +4,14 @@ The same estimate as ``serve plan``, of one split. Nothing is refused where a ca
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.nodes import Node
 from cluster.placement import Placement
 from serve.cards import card_of
 from serve.model_config import ModelConfig
-from serve.model_size import ModelSize, read_size
+from serve.model_size import BLOCK, ModelSize, read_size
 from serve.split import GIB, Card, Fit, Serving, Split, fit, layers_by_memory, objection
 from workbench.errors import UserError
 
@@ -61,9 +61,8 @@ def check_fit(
         return Checked(layers)
     found = fit(size, split, cards, serving)
     if not found.holds:
-        raise UserError(
-            f"{name} does not fit ({split}). {found.tightest.arithmetic(serving)}. {_remedy(found, serving)}"
-        )
+        told = found.tightest.arithmetic(serving)
+        raise UserError(f"{name} does not fit ({split}). {told}. {_remedy(size, split, cards, serving)}")
     if several:
         for rank in found.ranks:
             experts = f", {rank.experts} of {size.experts} experts a layer" if size.experts else ""
@@ -74,11 +73,12 @@ def check_fit(
 
 def _serving(model: ModelConfig, size: ModelSize) -> Serving:
     engine = model.engine
+    asked = engine.get("max_model_len") or size.context or 4096
     return Serving(
-        length=int(engine.get("max_model_len") or size.context or 4096),
+        length=asked if asked > 0 else BLOCK,  # -1: as long as the cards hold
         utilization=float(engine.get("gpu_memory_utilization", 0.92)),
         cache_dtype=str(engine.get("kv_cache_dtype", "auto")),
-        batched_tokens=int(engine.get("max_num_batched_tokens") or 8192),
+        batched_tokens=engine.get("max_num_batched_tokens") or 0,
         beside=_draft(engine.get("speculative_config")),
     )
 
@@ -135,8 +135,12 @@ def rank_cards(model: ModelConfig, placement: Placement, nodes: Sequence[Node]) 
     return found[:ranks]
 
 
-def _remedy(found: Fit, serving: Serving) -> str:
-    rank = found.tightest
-    if rank.spare > 0 and (shorter := int(serving.length * rank.spare / rank.kv_sequence) // 256 * 256):
-        return f"Give engine.max_model_len: {shorter}, or kv_cache_dtype: fp8, which halves the cache"
+def _remedy(size: ModelSize, split: Split, cards: list[Card], serving: Serving) -> str:
+    fits, not_fit = 0, serving.length // 256 + 1
+    while not_fit - fits > 1:
+        middle = (fits + not_fit) // 2
+        holds = fit(size, split, cards, replace(serving, length=middle * 256)).holds
+        fits, not_fit = (middle, not_fit) if holds else (fits, middle)
+    if fits:
+        return f"Give engine.max_model_len: {fits * 256}, or kv_cache_dtype: fp8, which halves the cache"
     return "Give more or larger cards, or quantised weights; what would fit tells 'workbench serve plan'"

@@ -10,6 +10,7 @@ models:
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -21,6 +22,20 @@ from workbench.resources import Placed
 
 Role = Literal["chat", "embedding"]
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+MULTIPLES = {"k": 10**3, "m": 10**6, "K": 2**10, "M": 2**20}
+"""As vLLM's own command line reads them."""
+
+
+def token_count(key: str, given: Any) -> int:
+    """A number of tokens as typed: 32768, or 32k (32,000), 32K (32,768). -1 is vLLM's own choice of ``max_model_len``.
+    Raises ValueError for anything else."""
+    found = re.fullmatch(r"(\d+)([kKmM]?)", str(given).strip())
+    count = int(found[1]) * MULTIPLES.get(found[2], 1) if found else 0
+    if key == "max_model_len" and given in (-1, "-1", "auto"):
+        return -1
+    if isinstance(given, bool) or count < 1:
+        raise ValueError(f"'{key}' is a number of tokens such as 32768, 32k or 32K, not {given!r}")
+    return count
 
 
 class Autoscaling(Config):
@@ -105,6 +120,12 @@ class ModelConfig(Placed):
         for key in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
             if not isinstance(size := engine.get(key, 1), int) or isinstance(size, bool) or size < 1:
                 raise ValueError(f"'{key}' is a number of ranks, not {size!r}")
+        for key in ("max_model_len", "max_num_batched_tokens"):
+            if engine.get(key) is not None:
+                engine = {**engine, key: token_count(key, engine[key])}
+        share = engine.get("gpu_memory_utilization", 0.9)
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+            raise ValueError(f"'gpu_memory_utilization' is a share of a card's memory such as 0.9, not {share!r}")
         draft = engine.get("speculative_config")
         if isinstance(draft, dict) and isinstance(draft.get("model"), str):
             return {**engine, "speculative_config": {**draft, "model": model_source(draft["model"], info)}}

@@ -94,6 +94,31 @@ def test_half_a_card_is_half_of_its_memory(tmp_path: Path) -> None:
         checked(tmp_path, LLAMA_8B, gpus=0.5, device="gpu")
 
 
+def test_the_context_that_is_proposed_fits_where_layers_have_windows(tmp_path: Path) -> None:
+    kinds = (["sliding_attention"] * 3 + ["full_attention"]) * 8
+    config = LLAMA_8B | {"model_type": "qwen2", "layer_types": kinds, "sliding_window": 4096}
+    config |= {"use_sliding_window": True}
+    with pytest.raises(UserError) as refused:
+        checked(tmp_path, config, resources={"gpu": "rtx-5090"}, engine={"max_model_len": 524288})
+    fits = int(str(refused.value).split("engine.max_model_len: ")[1].split(",")[0])
+    checked(tmp_path, config, resources={"gpu": "rtx-5090"}, engine={"max_model_len": fits})
+    with pytest.raises(UserError):
+        checked(tmp_path, config, resources={"gpu": "rtx-5090"}, engine={"max_model_len": fits + 256})
+
+
+@pytest.mark.parametrize(
+    ("given", "tokens"), [(32768, 32768), ("32k", 32000), ("32K", 32768), ("4096", 4096), (-1, -1), ("auto", -1)]
+)
+def test_tokens_are_read_as_vllm_reads_them(given: Any, tokens: int) -> None:
+    made = ModelConfig.model_validate({"name": "m", "source": "owner/model", "engine": {"max_model_len": given}})
+    assert made.engine["max_model_len"] == tokens
+
+
+def test_a_context_that_vllm_chooses_is_judged_by_one_block(tmp_path: Path) -> None:
+    found, _ = checked(tmp_path, LLAMA_8B, resources={"gpu": "rtx-5090"}, engine={"max_model_len": "auto"})
+    assert found.fit is not None and found.fit.holds
+
+
 def test_a_model_that_is_not_here_is_not_judged(tmp_path: Path) -> None:
     made = ModelConfig.model_validate({"name": "m", "source": "no-owner/no-such-model", "resources": {"gpu": "any"}})
     said: list[str] = []
@@ -114,6 +139,11 @@ def test_layers_without_a_wish_are_vllms(layers: int, stages: int) -> None:
         ({"layers": [1, 2]}, "pipeline_parallel_size"),
         ({"layers": [1, 2], "engine": {"pipeline_parallel_size": 3}}, "2 layer counts for 3"),
         ({"engine": {"tensor_parallel_size": "two"}}, "a number of ranks"),
+        ({"engine": {"max_model_len": "long"}}, "such as 32768, 32k or 32K, not 'long'"),
+        ({"engine": {"max_model_len": -2}}, "number of tokens"),
+        ({"engine": {"max_num_batched_tokens": "auto"}}, "number of tokens"),
+        ({"engine": {"gpu_memory_utilization": "high"}}, "such as 0.9, not 'high'"),
+        ({"engine": {"gpu_memory_utilization": 90}}, "such as 0.9, not 90"),
         ({"autoscaling": {"min_replicas": 3, "max_replicas": 2}}, "below min_replicas"),
         ({"autoscaling": {}, "replicas": 2}, "give one of them"),
     ],
