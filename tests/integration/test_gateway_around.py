@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from gateways import Server, bad_engine, free_port, gateway, started_program
+from gateways import SECONDS, Server, bad_engine, free_port, gateway, started_program
+from made_documents import made_documents
 
 from serve import observe, replay
 from serve.gateway.api_keys import Usage, key_of, month, open_store
@@ -234,6 +236,49 @@ def test_what_was_recorded_is_asked_again_and_compared(engine: Server, tmp_path:
 
 def three(folder: Path) -> bool:
     return len(read_rows(folder, "requests")) == 3
+
+
+# Documents
+
+
+def ask_documents(server: Server, key: str, text: str) -> httpx.Response:
+    body = {"model": "m", "messages": [{"role": "user", "content": text}]}
+    headers = {"Authorization": f"Bearer {key}"}
+    return httpx.post(f"{server.url}/v1/rag/chat/completions", json=body, headers=headers, timeout=2 * SECONDS)
+
+
+def test_documents_that_do_not_answer_leave_the_model_to_answer_in_time(engine: Server, tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path / 'gateway.db'}"
+    key = add_key(store, "reader")
+    with socket.create_server(("127.0.0.1", 0)) as dead:  # it takes connections and never speaks
+        settings = {
+            "store": store, "upstreams": {"m": {"base_url": engine.url, "model": "engine"}},
+            "rag": {"uri": f"http://127.0.0.1:{dead.getsockname()[1]}", "timeout": 1.0},
+        }  # fmt: skip
+        with gateway(settings) as server, ThreadPoolExecutor(8) as pool:
+            asked = list(pool.map(lambda _: ask_documents(server, key, "hello"), range(8)))
+            asked.append(ask_documents(server, key, "hello"))
+    assert {told.json()["rag"]["status"] for told in asked} == {"no documents"}
+    assert {told.json()["choices"][0]["message"]["content"] for told in asked} == {"one two three four five"}
+    took = [told.json()["rag"]["search_ms"] for told in asked]
+    assert max(took) < 5000 and took[-1] < 1000  # by then they were not asked at all
+
+
+def test_documents_answer_for_a_model_that_is_down(engine: Server, tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path / 'gateway.db'}"
+    key = add_key(store, "reader")
+    passages = [("Cows", "Cows give milk."), ("Bees", "Bees make honey.")]
+    uri = made_documents(str(tmp_path / "documents.db"), passages, keywords=True)
+    settings = {
+        "store": store, "upstreams": {"m": {"base_url": f"http://127.0.0.1:{free_port()}"}},
+        "rag": {"uri": uri, "limit": 1, "mode": "keywords", "threshold": 0, "timeout": LONG},  # without a model to load
+    }  # fmt: skip
+    with gateway(settings) as server:
+        told = ask_documents(server, key, "Which animal gives milk?")
+    assert (told.status_code, told.json()["rag"]["status"]) == (200, "no model")
+    assert [source["title"] for source in told.json()["sources"]] == ["Cows"]
+    assert "Cows give milk." in told.json()["choices"][0]["message"]["content"]
+    assert "x-served-model" not in told.headers
 
 
 # The page

