@@ -62,7 +62,6 @@ class State:
         self.recorder = _recorder(settings)
         self.texts = settings.log_text or (settings.record.folder is not None and settings.record.text)
         self.later: set[asyncio.Task[None]] = set()
-        self.draining = False
         self.rag = _rag(settings, self.lines)
 
 
@@ -115,7 +114,6 @@ class Gateway:
     async def close(self) -> None:
         """Write down what waits to be written."""
         if self._state is not None:
-            self._state.draining = True
             await asyncio.gather(*self._state.later, return_exceptions=True)
             if self._state.recorder:
                 await self._state.recorder.flush()
@@ -222,12 +220,11 @@ class Gateway:
         }  # fmt: skip
         store = await state.store.alive()
         up = sum(bool(model["ready"]) for model in models.values())
-        some = store and up > 0 and not state.draining
+        some = store and up > 0
         status = ("ready" if up == len(models) else "degraded") if some else "not ready"
         told: dict[str, Any] = {"status": status}
         if key is not None:
-            told |= {"store": store, "draining": state.draining,
-                     "models": {name: model for name, model in models.items() if key.allows(name)}}  # fmt: skip
+            told |= {"store": store, "models": {n: model for n, model in models.items() if key.allows(n)}}
         await answer(send, 200 if some else 503, told)
 
     async def _feedback(self, scope: "Scope", receive: "Receive", send: "Send", key: ApiKey) -> None:

@@ -315,5 +315,6 @@ def test_readiness_is_what_the_engines_own_health_says(tmp_path: Path) -> None:
         _, client = await made(tmp_path)
         told = (await client.get("/ready")).json()
         assert told["status"] == "ready" and told["models"]["tiny"]["ready"]
+        assert told.keys() == {"status", "store", "models"}
 
     asyncio.run(work())
