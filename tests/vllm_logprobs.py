@@ -30,6 +30,18 @@ def ask_vllm(
     return [json.loads(line) for line in lines]
 
 
+def ask_transformers(model: str, ids: list[int]) -> list[float]:
+    """The same by Transformers in float32 on the CPU."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits_TV = whole(torch.tensor([ids])).logits[0, :-1]
+    found: list[float] = logits_TV.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+    return found
+
+
 def prompt_logprobs(
     model: str, adapter: str | None, ids: list[int], rank: int, engine_arguments: dict[str, Any]
 ) -> list[float]:

@@ -13,7 +13,7 @@ import openai
 import pytest
 import torch
 from models import make_tiny_llama, make_tiny_moe, quantise
-from vllm_logprobs import ask_vllm
+from vllm_logprobs import ask_transformers, ask_vllm
 
 from serve import availability, down, up
 from serve.application import deployed
@@ -35,12 +35,7 @@ IDS = torch.randint(5, 1000, (60,), generator=torch.Generator().manual_seed(0)).
 
 
 def by_transformers(model: Path) -> torch.Tensor:
-    from transformers import AutoModelForCausalLM
-
-    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    with torch.no_grad():
-        logits_TV = whole(torch.tensor([IDS])).logits[0, :-1]
-    return logits_TV.log_softmax(-1).gather(1, torch.tensor(IDS[1:])[:, None])[:, 0]
+    return torch.tensor(ask_transformers(str(model), IDS))
 
 
 def by_vllm(model: Path, environment: dict[str, str] | None = None, **engine: Any) -> torch.Tensor:
