@@ -12,11 +12,17 @@ from tune.config import SweepConfig
 from tune.outcome import COSTS
 from tune.space import at_point
 from tune.study import SweepStudy, TrialRecord
+from tune.sweep import deals_other_rows
 from workbench.config import dump
 from workbench.runs import Run
 
 WORDS = {"validation_loss": "held-out loss"}
 """Metrics as a person says them."""
+
+OTHER_ROWS = (
+    "The sweep dealt its rows once, for the trial that sees the most, by config.seed; the command deals as many as its "
+    "own steps see, by its own seed. Where there are more rows, it trains on others, in another order."
+)
 
 
 def write_report(config: SweepConfig, run: Run, study: SweepStudy, best: TrialRecord | None) -> None:
@@ -130,9 +136,12 @@ def _rerun(config: SweepConfig, run: Run, best: TrialRecord, trials: Sequence[Tr
     """The command, and for a trial of a population what it cannot repeat: the values that it had before."""
     file = run.artifact("best") / "config.yaml"
     kept = f"workbench {config.workload} {file}"
-    if dump(at_point(config.config, best.point)) not in (file.read_text() if file.is_file() else ""):
+    chosen = at_point(config.config, best.point)
+    if dump(chosen) not in (file.read_text() if file.is_file() else ""):
         kept = f"trial {best.number}, so far: it is kept, with the command that trains it again, when the sweep ends"
     lines = [kept, "", json.dumps(best.point)]
+    if deals_other_rows(config, chosen):
+        lines += ["", OTHER_ROWS]
     if best.parent is not None:
         lines += ["", "It had these values from a copied checkpoint on; before it was, last first:"]
     while best.parent is not None:

@@ -130,6 +130,16 @@ def with_most_rows(config: SweepConfig) -> TrainingConfig:
     return shared.model_copy(update={"steps": steps, **packed})
 
 
+def deals_other_rows(config: SweepConfig, chosen: TrainingConfig) -> bool:
+    """Whether the command of ``chosen``, run by itself, may deal other rows than the sweep's trials had: it takes as
+    many as its own steps see, by its own seed."""
+    dealt = with_most_rows(config)
+    sees, saw = (
+        (each.steps * each.batch_size, each.seed, each.model_dump().get("packing")) for each in (chosen, dealt)
+    )
+    return sees != saw
+
+
 def run_session(config: SweepConfig, run: Run, study: "SweepStudy", places: "Places") -> Summary:
     """Run what the study has left to do, then keep the best and report.
 

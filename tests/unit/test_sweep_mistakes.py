@@ -3,6 +3,7 @@
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from made_cluster import nodes
@@ -10,8 +11,9 @@ from made_cluster import nodes
 from tune.config import SweepConfig
 from tune.places import Places
 from tune.space import at_point
-from tune.study import SweepStudy
-from tune.sweep import resume
+from tune.study import FILE, SweepStudy
+from tune.sweep import deals_other_rows, resume
+from tune.tune_cli import _runs, _sweep
 from workbench.cli import main
 from workbench.config import dump, load
 from workbench.errors import UserError
@@ -107,6 +109,12 @@ def test_a_report_names_no_file_that_is_not_there_yet(paused: Path) -> None:
         assert ended.value.code == 0
         page = (paused / "report.html").read_text()
         assert ("best/config.yaml" in page, "trial 0, so far: it is kept" in page) == (kept, not kept)
+@pytest.mark.parametrize(
+    ("point", "others"), [({"learning_rate": 0.2}, False), ({"steps": 20}, True), ({"seed": 1}, True)]
+)
+def test_a_rerun_that_deals_other_rows_is_told_from_one_that_does_not(point: dict[str, Any], others: bool) -> None:
+    config = load(SweepConfig, None, [BASE, RATE, "config.steps=40"])
+    assert deals_other_rows(config, at_point(config.config, point)) is others
 
 
 def test_a_target_alone_is_a_budget() -> None:
