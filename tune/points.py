@@ -5,6 +5,7 @@ Whatever was proposed is in the study, so a sweep that goes on after a kill prop
 constraint rules out never enters the real one.
 """
 
+import copy
 import importlib
 import random
 import sys
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from tune.config import SweepConfig
 from tune.space import Point, Space, dotted_keys, identity
@@ -147,15 +148,23 @@ class Proposer:
         """Stored parameters of a new allowed point, by Optuna."""
         known = self._study.frozen()
         seed = random.Random(f"sampler {self._config.seed} {len(known)}").randrange(2**31)
-        copy = optuna.create_study(directions=self._study.directions, sampler=self._sampler(seed))
-        copy.add_trials(trial for trial in known if trial.state != TrialState.WAITING)
+        study = optuna.create_study(directions=self._study.directions, sampler=self._sampler(seed))
+        study.add_trials(map(self._to_learn_from, (t for t in known if t.state != TrialState.WAITING)))
         for _ in range(TRIES):
-            trial = copy.ask()
+            trial = study.ask()
             point = self._source.suggest(trial)
             if identity(point) not in seen and not self._source.why_not(point):
                 return trial.params
-            copy.tell(trial, state=TrialState.PRUNED)  # a pruned trial without values is a bad one to TPE
+            study.tell(trial, state=TrialState.PRUNED)  # a pruned trial without values is a bad one to TPE
         return None
+
+    def _to_learn_from(self, trial: FrozenTrial) -> FrozenTrial:
+        """``trial``; with several metrics without its curve, by which TPE would rank a pruned one in a study of one."""
+        if len(self._config.metrics) == 1:
+            return trial
+        trial = copy.copy(trial)
+        trial.intermediate_values = {}
+        return trial
 
     def _sampler(self, seed: int) -> optuna.samplers.BaseSampler:
         if self._config.searcher == "random":

@@ -165,6 +165,20 @@ def test_two_metrics_make_a_study_of_two(tmp_path: Path) -> None:
     assert propose(config, study) is not None
 
 
+def test_tpe_learns_from_trials_of_two_metrics_that_were_pruned(tmp_path: Path) -> None:
+    both = {"validation_loss": "min", "seconds": "min"}
+    config = sweep(*SPACE, "metrics={validation_loss: min, seconds: min}", "searcher=tpe")
+    study = SweepStudy(tmp_path, both, create=True)
+    for number in range(15):
+        assert propose(config, study) is not None
+        study.measured(number, 5, 2.0 + number)
+        if number % 3:
+            study.end(number, "finished", values={"validation_loss": 1.0 + number, "seconds": 3.0})
+        else:
+            study.end(number, "stopped early", "asha at step 5")
+    assert study.trial(12).curve == [(5, 14.0)]
+
+
 def test_the_best_of_repeated_trials_is_the_best_on_average(tmp_path: Path) -> None:
     study = SweepStudy(tmp_path, LOSS, create=True)
     points = several(sweep(), study, 3)
