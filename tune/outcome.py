@@ -96,7 +96,7 @@ class Outcomes:
         numbers = {key: value for key, value in record.point.items() if isinstance(value, int | float)}
         if outcome == "finished":
             ended = sum(trial.ended for trial in self._study.trials())
-            self._run.metrics(ended, **values, trial=number, steps=record.steps, **numbers)
+            self._run.metrics(ended, **{**numbers, **values, "trial": number, "steps": record.steps})
 
 
 def _killed_by_the_kernel(where: Path) -> bool:

@@ -62,7 +62,9 @@ class StudySearch(SearchAlgorithm):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """A trial has ended."""
-        trial = self._trials.pop(trial_id)
+        trial = self._trials.pop(trial_id, None)
+        if trial is None:  # Tune says it again where taking note of it has failed
+            return
         death = (_told(trial) or "its process has died") if error else ""
         self._sweep.ended(trial.config["number"], result, death)
 

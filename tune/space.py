@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from tune.conditions import Condition
 from tune.ranges import Range, label
-from workbench.config import Config
+from workbench.config import UNVISITED, Config
 from workbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -183,7 +183,10 @@ def _rows(columns: Sequence[Sequence[Any]]) -> Iterator[tuple[Any, ...]]:
 
 
 def at_point(config: C, point: Point) -> C:
-    """``config`` with the dotted keys of ``point`` set. Raises pydantic's ValidationError for a wrong value."""
+    """``config`` with the dotted keys of ``point`` set. Raises pydantic's ValidationError for a wrong value.
+
+    The paths of ``config``, of which the rows are made once, are looked at again only with a text in ``point``, which
+    may be a path."""
     data = config.model_dump()
     for key, value in point.items():
         *parents, last = key.split(".")
@@ -191,7 +194,8 @@ def at_point(config: C, point: Point) -> C:
         for parent in parents:
             level = level[parent]
         level[last] = value
-    return type(config).model_validate(data)
+    may_be_path = any(isinstance(value, str) for value in point.values())
+    return type(config).model_validate(data, context=None if may_be_path else UNVISITED)
 
 
 def dotted_keys(data: dict[str, Any]) -> list[str]:

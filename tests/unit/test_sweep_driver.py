@@ -17,6 +17,7 @@ from tune.config import SweepConfig
 from tune.driver import Driver
 from tune.places import Places
 from tune.points import source_of
+from tune.search import StudySearch
 from tune.sole import is_driven, sole_driver
 from tune.study import SweepStudy, TrialRecord
 from tune.trial import ORDER, RESULT
@@ -24,6 +25,7 @@ from tune.tune_cli import _add
 from workbench.config import load
 from workbench.errors import UserError
 from workbench.runs import Run, open_run
+from workbench.tracking import read_metrics
 
 HOST = Node("here", total={"CPU": 8.0})
 
@@ -123,6 +125,22 @@ def test_a_sweep_runs_its_budget_so_many_at_a_time() -> None:
         assert made.at_once == 2
         assert all(trial.facts == {"trained_parameters": 7} for trial in study.trials())
         assert all(trial.values["validation_loss"] == by_rate(trial, 40) for trial in study.trials())
+
+
+def test_a_space_may_have_the_steps() -> None:
+    config = sweep("budget.trials=1", "scheduler.kind=none", "space.steps.choice=[40]")
+    with session(config) as (driver, study, run):
+        Tune(config, driver, run, by_rate).fit()
+        assert states(study) == ["finished"]
+        assert read_metrics(run.folder)[-1]["steps"] == 40
+
+
+def test_a_trial_of_which_tune_says_twice_that_it_has_ended_ends_once() -> None:
+    config = sweep("budget.trials=1")
+    with session(config) as (driver, _, _):
+        StudySearch(driver).on_trial_complete("00000_1", error=True)
+
+
 
 
 def test_those_behind_are_stopped_early_and_the_reason_is_kept() -> None:

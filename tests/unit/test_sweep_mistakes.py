@@ -109,6 +109,24 @@ def test_a_report_names_no_file_that_is_not_there_yet(paused: Path) -> None:
         assert ended.value.code == 0
         page = (paused / "report.html").read_text()
         assert ("best/config.yaml" in page, "trial 0, so far: it is kept" in page) == (kept, not kept)
+
+
+def test_a_report_needs_no_rows(tmp_path: Path, runs_root: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("")
+    config = load(SweepConfig, None, [BASE, RATE, f"config.data=[{rows}]"])
+    with open_run("tune", "run", config) as run:
+        study = SweepStudy(run.folder, config.metrics, create=True)
+        study.enqueue({"learning_rate": 0.1})
+        study.begin(study.ask(), {"learning_rate": 0.1})
+        study.end(0, "finished", values={"validation_loss": 1.0})
+        finish(run, {})
+    rows.rename(tmp_path / "moved.jsonl")
+    with pytest.raises(SystemExit) as ended:
+        main(["tune", "report", str(run.folder)])
+    assert ended.value.code == 0
+
+
 @pytest.mark.parametrize(
     ("point", "others"), [({"learning_rate": 0.2}, False), ({"steps": 20}, True), ({"seed": 1}, True)]
 )
