@@ -98,7 +98,7 @@ class SweepStudy:
     """The study of one sweep. One process, the driver, changes trials; any may read, and leave orders."""
 
     def __init__(self, folder: Path, metrics: Mapping[str, str], *, create: bool = False, repair: bool = False) -> None:
-        """Open the study of the run in ``folder``, or make it; ``repair`` is for its one driver.
+        """Open the study of the run in ``folder``, which writes nothing, or make it; ``repair`` is for its one driver.
 
         Raises UserError where there is none.
         """
@@ -110,18 +110,24 @@ class SweepStudy:
             _drop_torn_line(file)
         self.file, self.metrics = file, dict(metrics)
         self._storage = JournalStorage(JournalFileBackend(str(file)))
-        self._study = optuna.create_study(
-            storage=self._storage,
-            study_name=folder.name,
-            directions=["minimize" if way == "min" else "maximize" for way in metrics.values()],
-            sampler=optuna.samplers.RandomSampler(),  # what is asked for here was enqueued with its values
-            load_if_exists=not create,
-        )
+        if create:
+            directions = ["minimize" if way == "min" else "maximize" for way in metrics.values()]
+            optuna.create_study(storage=self._storage, study_name=folder.name, directions=directions)
+        sampler = optuna.samplers.RandomSampler()  # what is asked for here was enqueued with its values
+        try:
+            self._study = optuna.load_study(storage=self._storage, study_name=folder.name, sampler=sampler)
+        except KeyError:
+            raise UserError(f"{file} has no study: the sweep ended before it had begun; start a new one") from None
         if create:
             with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
                 self._study.set_metric_names(list(metrics))
 
     # What it knows
+
+    @property
+    def is_torn(self) -> bool:
+        """Whether the journal ends amid a line, as after a power failure: what is appended to it cannot be read."""
+        return not self.file.read_bytes().endswith(b"\n")
 
     def trials(self) -> list[TrialRecord]:
         """Every trial in the order of its number."""

@@ -53,6 +53,14 @@ def _sweep(reference: str) -> "tuple[Path, SweepConfig, SweepStudy]":
     return folder, config, SweepStudy(folder, config.metrics)
 
 
+def _sweep_to_order(reference: str) -> "tuple[Path, SweepConfig, SweepStudy]":
+    """The same of a sweep whose study can be written to. Raises UserError for another."""
+    folder, config, study = _sweep(reference)
+    if study.is_torn:
+        raise UserError(f"{study.file} ends amid a line, which its driver drops: {_typed('resume', folder)}")
+    return folder, config, study
+
+
 def _runs(folder: Path, study: "SweepStudy") -> bool:
     """Whether a driver is at work on the sweep, here or on another host."""
     silent = time.time() - study.note("alive", {}).get("at", 0.0)
@@ -73,7 +81,7 @@ def resume(run: RunArgument, as_json: AsJson = False) -> None:
 
 def pause(run: RunArgument) -> None:
     """Have the trials of a sweep write checkpoints and end, and the sweep with them; resume goes on."""
-    folder, _, study = _sweep(run)
+    folder, _, study = _sweep_to_order(run)
     if not _runs(folder, study):
         raise UserError(f"{run_id(folder)} is {state_of(folder)}, not running")
     study.write_note("pause", time.time())
@@ -84,7 +92,7 @@ def stop(
     run: RunArgument, trials: Annotated[list[int], typer.Argument(metavar="TRIAL...", help="Their numbers.")]
 ) -> None:
     """Stop trials of a sweep for good; the others go on."""
-    folder, _, study = _sweep(run)
+    folder, _, study = _sweep_to_order(run)
     known = {trial.number: trial for trial in study.trials()}
     for number in trials:
         if number not in known:
@@ -107,8 +115,9 @@ def extend(
     target: Annotated[float | None, typer.Option(help="Another value that is good enough.")] = None,
     add: Annotated[str, typer.Option(metavar="'{KEY: VALUE}'", help="A point to run next.")] = "",
 ) -> None:
-    """Give a sweep a larger budget, or a point of your own; one that runs learns it at once."""
-    folder, config, study = _sweep(run)
+    """Give a sweep a larger budget, or a point of your own; one that runs learns it at once. Where its target was
+    reached, trials go on until another reaches it."""
+    folder, config, study = _sweep_to_order(run)
     asked = {"trials": trials, "hours": hours, "gpu_hours": gpu_hours, "target": target}
     given = {key: value for key, value in asked.items() if value is not None}
     if not given and not add:

@@ -127,6 +127,20 @@ def test_a_report_needs_no_rows(tmp_path: Path, runs_root: Path) -> None:
     assert ended.value.code == 0
 
 
+def test_a_study_that_ends_amid_a_line_takes_no_order_until_its_driver_has_mended_it(
+    paused: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (paused / FILE).open("a") as journal:
+        journal.write('{"op_code": 4, "worker')
+    for order in (["pause"], ["stop", "0"], ["extend", "--trials", "4"]):
+        said = mistake(capsys, order[0], str(paused), *order[1:])
+        assert f"ends amid a line, which its driver drops: workbench tune resume tune-run/{paused.name}" in said
+    _, config, study = _sweep(str(paused))  # as resume does
+    assert not _runs(paused, study)
+    SweepStudy(paused, config.metrics, repair=True).write_note("pause", None)
+    assert [trial.state for trial in SweepStudy(paused, config.metrics).trials()] == ["finished"]
+
+
 @pytest.mark.parametrize(
     ("point", "others"), [({"learning_rate": 0.2}, False), ({"steps": 20}, True), ({"seed": 1}, True)]
 )

@@ -179,6 +179,19 @@ def test_tpe_learns_from_trials_of_two_metrics_that_were_pruned(tmp_path: Path) 
     assert study.trial(12).curve == [(5, 14.0)]
 
 
+def test_opening_a_study_writes_nothing(tmp_path: Path) -> None:
+    several(sweep(), SweepStudy(tmp_path, LOSS, create=True), 1)
+    with (tmp_path / FILE).open("a") as journal:
+        journal.write('{"op_code": 4, "worker')
+    before = (tmp_path / FILE).read_bytes()
+    study = SweepStudy(tmp_path, LOSS)
+    assert (len(study.trials()), study.is_torn) == (1, True)
+    assert (tmp_path / FILE).read_bytes() == before
+    (tmp_path / FILE).write_text('{"op_code": 0, "worker')
+    with pytest.raises(UserError, match="ended before it had begun"):
+        SweepStudy(tmp_path, LOSS)
+
+
 def test_the_best_of_repeated_trials_is_the_best_on_average(tmp_path: Path) -> None:
     study = SweepStudy(tmp_path, LOSS, create=True)
     points = several(sweep(), study, 3)
