@@ -15,7 +15,8 @@ from tune.kept_base import KeptBase
 from tune.space import at_point
 from tune.workload import WORKLOADS
 from workbench.config import adopt_environment
-from workbench.tracking import Tracker
+from workbench.tracking import Tracker, read_metrics
+from workloads.training.checkpoint import best_of, history_of
 from workloads.training.config import TrainingConfig
 from workloads.training.devices import check_cards, local_device
 from workloads.training.history import History
@@ -52,8 +53,8 @@ class TrialEvents(WorkerEvents):
         self._word = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
     def resume(self, model: nn.Module, optimizer: optim.Optimizer) -> History:
-        """Go on from the trial's last checkpoint, where it has one, which may be a copy of another trial's. W&B is told
-        only where it has a key."""
+        """Go on from the trial's last checkpoint, where it has one, which may be a copy of another trial's; one of the
+        last step is reported again. W&B is told only where it has a key. Raises Ended as ``log`` does."""
         history = self._checkpoints.load(model, optimizer) or History()
         for group in optimizer.param_groups:
             group["weight_decay"] = self._config.weight_decay
@@ -62,6 +63,9 @@ class TrialEvents(WorkerEvents):
             forget_after(history.step, self.folder)
             self._tracker = Tracker(self.folder, first_step=history.step + 1, offline=False)
             self._listener.is_ready()
+        no_step_left = history.step >= self._config.steps or history.stopped_early
+        if no_step_left and history.validation and not self._goes_on(self._look_at(*history.validation[-1])):
+            raise Ended
         return history
 
     def log(self, step: int, **values: float) -> None:
@@ -72,6 +76,12 @@ class TrialEvents(WorkerEvents):
         self.checkpoint(*self._state)
         self._checkpoints.wait()
         raise Ended
+
+    def _look_at(self, step: int, loss: float) -> dict[str, Any]:
+        """What was measured at ``step``; of a step before a copied checkpoint the held-out ``loss`` alone is known."""
+        rows = [row for row in read_metrics(self.folder) if row["step"] == step and REPORTED in row]
+        known = {key: value for row in rows[-1:] for key, value in row.items() if key != "time" and value is not None}
+        return {"step": step, REPORTED: loss, **known}
 
     def _goes_on(self, look: dict[str, Any]) -> bool:
         word = [self._listener is None or self._listener.report(look)]

@@ -119,7 +119,8 @@ class SweepScheduler(FIFOScheduler):
         number, step = trial.config["number"], result["step"]
         if not self._sweep.reported(number, result) or number in self._unseen:
             return TrialScheduler.CONTINUE
-        if self._decide(self._entrants[number], result) != TrialScheduler.CONTINUE:
+        last = trial.config["point"].get("steps", self._config.config.steps)
+        if self._decide(self._entrants[number], result) != TrialScheduler.CONTINUE and step < last:
             self._unseen.add(number)
             if random.Random(f"spare {self._config.seed} {number}").random() < self._config.scheduler.spare:
                 self._sweep.spare(number, step)

@@ -109,7 +109,7 @@ class Tune:
         return False
 
     def _trial(self, number: int) -> Any:
-        return SimpleNamespace(config={"number": number}, trial_id=str(number))
+        return SimpleNamespace(config={"number": number, "point": {}}, trial_id=str(number))
 
 
 def states(study: SweepStudy) -> list[str]:

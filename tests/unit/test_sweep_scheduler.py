@@ -59,7 +59,7 @@ def scheduler(sweep: Sweep, **rule: Any) -> SweepScheduler:
 
 
 def trial(number: int) -> Any:
-    return SimpleNamespace(config={"number": number}, trial_id=f"{number:05d}_1", status="RUNNING")
+    return SimpleNamespace(config={"number": number, "point": {}}, trial_id=f"{number:05d}_1", status="RUNNING")
 
 
 def run(made: SweepScheduler, losses: dict[int, float], steps: tuple[int, ...] = (10, 20, 40)) -> None:
@@ -77,6 +77,13 @@ def test_asha_ends_those_that_fall_behind() -> None:
     sweep = Sweep()
     run(scheduler(sweep, spare=0), {0: 1.0, 1: 2.0, 2: 3.0}, steps=(10,))
     assert sweep.stopped == [(1, 10), (2, 10)]
+
+
+@pytest.mark.parametrize("kind", ["asha", "median"])
+def test_a_trial_at_its_last_step_is_not_judged(kind: str) -> None:
+    sweep = Sweep()
+    run(scheduler(sweep, kind=kind, spare=0), {0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0, 4: 9.0}, steps=(40,))
+    assert sweep.stopped == []
 
 
 def test_the_median_rule_ends_those_behind_the_median() -> None:

@@ -109,6 +109,18 @@ def test_a_trial_that_is_told_to_end_writes_a_checkpoint_there_and_goes_on_as_if
     assert losses(shared, 3) == losses(shared, 2)
 
 
+def test_a_trial_that_pauses_at_its_last_look_reports_it_again_and_finishes(shared: dict[str, Any]) -> None:
+    actor = actor_of(shared, 9)
+    for _ in range(3):
+        last = actor.step()
+    (folder_of(shared, 9) / ORDER).write_text("paused")
+    assert actor.step()["outcome"] == "ended"
+    look, end = results(actor_of(shared, 9))
+    assert (look["step"], look["validation_loss"]) == (12, pytest.approx(last["validation_loss"]))
+    assert end["outcome"] == "finished"
+    assert (folder_of(shared, 9) / RESULT / "adapter_config.json").is_file()
+
+
 def test_a_copy_goes_on_from_anothers_checkpoint_with_values_of_its_own(shared: dict[str, Any]) -> None:
     actor = actor_of(shared, 7)
     assert actor.step()["step"] == 4
