@@ -45,12 +45,12 @@ def parallel_coordinates(trials: "Sequence[TrialRecord]", metric: str, minimises
     are left out."""
     import plotly.graph_objects as go
 
-    rows = [trial for trial in trials if trial.last is not None]
-    last = [trial.last for trial in rows]
+    rows = [trial for trial in trials if trial.value is not None]
+    values = [trial.value for trial in rows]
     keys = dict.fromkeys(key for trial in rows for key in trial.point)
     axes = [_axis(key, [trial.point.get(key, ABSENT) for trial in rows]) for key in keys]
-    axes += [{"label": "steps", "values": [trial.steps for trial in rows]}, {"label": metric, "values": last}]
-    line = {"color": last, "colorscale": "Viridis", "reversescale": minimises, "showscale": True}
+    axes += [{"label": "steps", "values": [trial.steps for trial in rows]}, {"label": metric, "values": values}]
+    line = {"color": values, "colorscale": "Viridis", "reversescale": minimises, "showscale": True}
     return go.Figure(go.Parcoords(line=line, dimensions=axes), layout={"height": 400})
 
 

@@ -83,12 +83,13 @@ class Outcomes:
         return True
 
     def _end(self, number: int, outcome: str, reason: str, last: dict[str, Any], result: dict[str, Any]) -> None:
-        values = {name: last[name] for name in self._config.metrics if name in last}
+        facts = {key[6:]: value for key, value in result.items() if key.startswith("facts/")}
+        kept = {key[5:]: value for key, value in facts.items() if key.startswith("kept/")}
+        values = {name: value for name, value in {**last, **kept}.items() if name in self._config.metrics}
         spent = {"joules": result["joules"]} if result.get("joules") is not None else {}
         self._study.during(number, ended=time.time(), **spent)
         record = self._study.trial(number)
         values |= {"seconds": record.seconds, "gpu_seconds": record.gpu_seconds}
-        facts = {key[6:]: value for key, value in result.items() if key.startswith("facts/")}
         if outcome == "finished" and not (self._folder / str(number) / RESULT).is_dir():
             outcome, reason = "failed", f"its result is not in {self._folder}: is that on storage that all hosts share?"
         self._study.end(number, outcome, reason, values, **facts)

@@ -21,7 +21,7 @@ from workloads.training.config import TrainingConfig
 from workloads.training.devices import check_cards, local_device
 from workloads.training.history import History
 from workloads.training.ray_train import WorkerEvents
-from workloads.training.resume import forget_after
+from workloads.training.resume import CHECKPOINTS, forget_after
 
 PARTIAL = ".result.partial"
 """The folder of a trial that its adapter or model is written to."""
@@ -50,6 +50,8 @@ class TrialEvents(WorkerEvents):
     def __init__(self, folder: Path, config: TrainingConfig, rank: int, listener: Listener | None) -> None:
         super().__init__(folder, rank, config)
         self._config, self._listener = config, listener
+        self.kept: dict[str, Any] = {}
+        """The look at the weights that are the result, where they are not the last ones."""
         self._word = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
     def resume(self, model: nn.Module, optimizer: optim.Optimizer) -> History:
@@ -67,6 +69,13 @@ class TrialEvents(WorkerEvents):
         if no_step_left and history.validation and not self._goes_on(self._look_at(*history.validation[-1])):
             raise Ended
         return history
+
+    def load_best(self, model: nn.Module) -> None:
+        """Load the weights of the lowest held-out loss, whose look is ``kept``."""
+        super().load_best(model)
+        best = best_of(self.folder / CHECKPOINTS)
+        if best is not None:
+            self.kept = self._look_at(*history_of(best).validation[-1])
 
     def log(self, step: int, **values: float) -> None:
         """Append to the trial's metrics; report a look. Raises Ended, on every rank, if the trial is to end."""
@@ -100,16 +109,19 @@ def train_part(
 ) -> dict[str, Any]:
     """Train ``trial``'s point as ``rank`` of the default process group, or alone where there is none; its facts.
 
-    The result is in ``PARTIAL`` of its folder. Raises UserError where this rank's card is too small, and Ended.
+    The result is in ``PARTIAL`` of its folder; where it is not the last weights, ``kept`` has the look at them. Raises
+    UserError where this rank's card is too small, and Ended.
     """
     config = at_point(shared["config"], trial["point"])
     device = local_device(config, local_rank)
     check_cards(trial["needed"], device, min(1.0, trial["gpus"] or 1.0))
     folder = Path(shared["folder"]) / str(trial["number"])
-    with TrialEvents(folder, config, rank, listener) as events:
-        return WORKLOADS[shared["workload"]].train(
+    events = TrialEvents(folder, config, rank, listener)
+    with events:
+        facts = WORKLOADS[shared["workload"]].train(
             config, shared["payload"], events, folder / PARTIAL, base, device, rank
         )
+    return {**facts, "kept": events.kept} if events.kept else facts
 
 
 def take_environment(trial: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ def write_report(config: SweepConfig, run: Run, study: SweepStudy, best: TrialRe
     )
     over = f"{word.capitalize()} over the space"
     run.report.figure(
-        over, figures.parallel_coordinates(trials, word, config.minimises), "One line a trial, by its last value."
+        over, figures.parallel_coordinates(trials, word, config.minimises), "One line a trial, by its value."
     )
     finished = [trial for trial in trials if trial.state == "finished"]
     if (figure := figures.importances(study, finished)) is not None:
@@ -94,7 +94,7 @@ def _left_out(finished: Sequence[TrialRecord]) -> str:
 
 def _rows(trials: Sequence[TrialRecord], best: TrialRecord | None, word: str) -> list[dict[str, Any]]:
     return _even(
-        {"trial": t.number, **t.point, "steps": t.steps, word: t.last, "seconds": round(t.seconds, 1),
+        {"trial": t.number, **t.point, "steps": t.steps, word: t.value, "seconds": round(t.seconds, 1),
          "set-up, s": t.attempts[-1].get("setup") if t.attempts else None, **_energy(t.joules, "Wh"), **_origin(t),
          "state": t.state + (", best" if best and t.number == best.number else ""), "reason": t.reason}
         for t in trials

@@ -64,8 +64,10 @@ class TrialRecord:
         return self.curve[-1][0] if self.curve else 0
 
     @property
-    def last(self) -> float | None:
-        """The first metric at that step."""
+    def value(self) -> float | None:
+        """The first metric: of its result where it finished, else at that step."""
+        if self.values:
+            return next(iter(self.values.values()))
         return self.curve[-1][1] if self.curve else None
 
     @property

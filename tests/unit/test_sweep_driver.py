@@ -141,6 +141,14 @@ def test_a_trial_of_which_tune_says_twice_that_it_has_ended_ends_once() -> None:
         StudySearch(driver).on_trial_complete("00000_1", error=True)
 
 
+def test_the_value_of_a_trial_that_ended_by_itself_is_that_of_the_weights_that_are_kept() -> None:
+    config = sweep("budget.trials=1", "scheduler.kind=none")
+    with session(config) as (driver, study, run):
+        assert driver.next() is not None
+        driver.reported(0, {"step": 20, "validation_loss": 0.9, "host": "here", "card": "", "setup": 0.1})
+        run.artifact("trials", "0", RESULT).mkdir(parents=True)
+        driver.ended(0, {"outcome": "finished", "facts/kept/step": 10, "facts/kept/validation_loss": 0.7})
+        assert (study.trial(0).value, study.trial(0).curve) == (0.7, [(20, 0.9)])
 
 
 def test_those_behind_are_stopped_early_and_the_reason_is_kept() -> None:

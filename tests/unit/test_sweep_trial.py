@@ -10,6 +10,7 @@ from loss_equality import make_base, make_texts
 
 from tune.config import SweepConfig
 from tune.population import give_checkpoint
+from tune.space import at_point
 from tune.trial import ORDER, RESULT, TrialActor
 from workbench.config import load
 from workbench.tracking import read_metrics
@@ -119,6 +120,17 @@ def test_a_trial_that_pauses_at_its_last_look_reports_it_again_and_finishes(shar
     assert (look["step"], look["validation_loss"]) == (12, pytest.approx(last["validation_loss"]))
     assert end["outcome"] == "finished"
     assert (folder_of(shared, 9) / RESULT / "adapter_config.json").is_file()
+
+
+def test_early_stopping_tells_the_look_at_the_weights_that_are_kept(shared: dict[str, Any]) -> None:
+    rule = {"keep_best": True, "early_stopping": {"patience": 2}, "steps": 60, "warmup_steps": 0}
+    actor = TrialActor.__new__(TrialActor)
+    actor.setup(trial(10, rate=0.05), shared={**shared, "config": at_point(shared["config"], rule)})
+    *looks, end = results(actor)
+    best = min(looks, key=lambda look: look["validation_loss"])
+    assert best["step"] < looks[-1]["step"] < 60
+    kept = end["facts"]["kept"]
+    assert (kept["step"], kept["validation_loss"]) == (best["step"], pytest.approx(best["validation_loss"]))
 
 
 def test_a_copy_goes_on_from_anothers_checkpoint_with_values_of_its_own(shared: dict[str, Any]) -> None:
