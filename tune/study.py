@@ -248,7 +248,9 @@ class SweepStudy:
         if frozen.state == TrialState.WAITING:  # Optuna ends only what runs
             self._storage.set_trial_state_values(self._id(number), TrialState.RUNNING)
             self._set(number, "point", frozen.system_attrs.get("fixed_params", {}))
-        self.during(number, ended=time.time())
+        attempts = self.trial(number).attempts
+        if attempts and "ended" not in attempts[-1]:
+            self.during(number, ended=time.time())
         self._set(number, "facts", facts)
         self._set(number, "reason", reason)
         self._set(number, "state", state)

@@ -179,6 +179,16 @@ def test_tpe_learns_from_trials_of_two_metrics_that_were_pruned(tmp_path: Path) 
     assert study.trial(12).curve == [(5, 14.0)]
 
 
+def test_a_trial_that_is_stopped_while_it_is_paused_has_cost_what_it_had(tmp_path: Path) -> None:
+    study = SweepStudy(tmp_path, LOSS, create=True)
+    several(sweep(), study, 1)
+    study.attempt(0, gpus=1.0)
+    began = study.trial(0).attempts[0]["began"]
+    study.leave(0, began - 600.0)
+    study.end(0, "stopped", "by the user")
+    assert study.trial(0).gpu_seconds == pytest.approx(-600.0)
+
+
 def test_opening_a_study_writes_nothing(tmp_path: Path) -> None:
     several(sweep(), SweepStudy(tmp_path, LOSS, create=True), 1)
     with (tmp_path / FILE).open("a") as journal:
