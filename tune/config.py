@@ -132,6 +132,8 @@ class SweepConfig(Config):
         if self.repeat.top and ("seed" in self.space or self.function):
             raise ValueError("repeat sets the seed: take it out of the space" if not self.function else
                              "repeat knows the points of a space, not of a function: give repeat.top=0")  # fmt: skip
+        if self.repeat.top and self.budget.trials is None and any(each.every is None for each in self.space.values()):
+            raise ValueError("repeat comes after the last trial, which this space never has: give budget.trials")
         if placing := [key for key in self.space if key.partition(".")[0] in OF_A_PLACE]:
             raise ValueError(
                 f"space: '{placing[0]}' says where a trial runs, the same for all: set config.{placing[0]}"

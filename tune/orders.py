@@ -18,6 +18,9 @@ from workbench.runs import Run
 POLL_SECONDS = 1.0
 """Between two looks at what the user has ordered."""
 
+MOST_LOST = 10
+"""Trials in a row without a result, after which a sweep whose trials are not counted pauses."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -38,6 +41,7 @@ class Orders:
         self._folder, self._live = folder, live
         self._verdicts: dict[int, Verdict] = {}
         self._looked = 0.0
+        self._before = {trial.number for trial in study.trials() if trial.ended}
         self.paused = ""
         """Why the session ends with trials that are not finished."""
 
@@ -67,9 +71,19 @@ class Orders:
         for number in self._study.note("stop", []):
             if number in self._live:
                 self.tell(number, "stopped", "by the user")
-        why = "the user has paused it" if self._study.note("pause") else self._purse.out_of_time()
+        why = "the user has paused it" if self._study.note("pause") else self._purse.out_of_time() or self._in_vain()
         if why and not self.paused:
             self.pause(why)
+
+    def _in_vain(self) -> str:
+        """Why more trials would fail as all of this session's last ones have, where no number of trials ends them."""
+        if self._purse.budget.trials is not None:
+            return ""
+        ended = [trial for trial in self._study.trials() if trial.ended and trial.number not in self._before]
+        lost = [trial for trial in ended[-MOST_LOST:] if trial.state in ("failed", "diverged", "does not fit")]
+        return (
+            f"{MOST_LOST} trials in a row have no result, the last: {lost[-1].reason}" if len(lost) == MOST_LOST else ""
+        )
 
     def look_at_target(self, number: int, step: int, value: float) -> None:
         """``value`` of the first metric may be good enough; then all but that trial end, each where it reports."""

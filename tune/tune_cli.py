@@ -127,8 +127,8 @@ def extend(
         _add(config, study, add)
     if given:
         study.write_note("budget", {**study.note("budget", {}), **given})
-        if target is not None:
-            study.write_note("reached", None)
+    if study.note("reached"):  # what comes now is to run
+        study.write_note("reached", None)
     if not _runs(folder, study):
         print("go on with: " + _typed("resume", folder), file=sys.stderr)
 

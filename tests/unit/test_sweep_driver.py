@@ -21,7 +21,7 @@ from tune.search import StudySearch
 from tune.sole import is_driven, sole_driver
 from tune.study import SweepStudy, TrialRecord
 from tune.trial import ORDER, RESULT
-from tune.tune_cli import _add
+from tune.tune_cli import _add, extend
 from workbench.config import load
 from workbench.errors import UserError
 from workbench.runs import Run, open_run
@@ -257,6 +257,28 @@ def test_a_target_ends_the_others() -> None:
         reached = study.note("reached")["trial"]
         assert states(study).count("finished") == 1
         assert study.trial(reached).state == "finished"
+
+
+def test_a_sweep_that_is_extended_after_its_target_goes_on() -> None:
+    config = sweep("budget={trials: 6, target: 0.3}", "scheduler.kind=none")
+    with session(config) as (driver, study, run):
+        Tune(config, driver, run, by_rate).fit()
+        extend(str(run.folder), add="{learning_rate: 0.9}")
+        assert study.note("reached") is None
+        with session(config, study) as (again, _, later):
+            Tune(config, again, later, by_rate).fit()
+        (added,) = [trial for trial in study.trials() if trial.point == {"learning_rate": 0.9}]
+        assert added.state == "finished"
+
+
+def test_a_sweep_without_a_number_of_trials_pauses_where_all_fail() -> None:
+    config = sweep("budget={target: 0.01}", "scheduler.kind=none")
+    with session(config) as (driver, study, _):
+        while not driver.over():
+            if (found := driver.next()) is not None:
+                driver.ended(found[0].number, {"outcome": "failed", "reason": "KeyError: 'x'"})
+        assert states(study).count("failed") == 10
+        assert driver.paused == "10 trials in a row have no result, the last: KeyError: 'x'"
 
 
 def test_hours_of_cards_that_are_spent_pause_the_sweep() -> None:

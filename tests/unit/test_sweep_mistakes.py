@@ -50,6 +50,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ([RATE, "function=points:make"], "space and function exclude each other"),
         (["function=nowhere:make", "searcher=random"], "give module:name"),
         ([RATE, "metrics={seconds: min}"], "give seconds after another"),
+        (["space.learning_rate.uniform=[0.1, 1]", "repeat.top=1", "budget={hours: 1}"], "give budget.trials"),
         ([RATE, "budget={gpu_hours: 1}"], "spend no GPU-hours: give budget.trials, budget.hours or budget.target"),
     ],
 )
