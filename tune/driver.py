@@ -14,12 +14,11 @@ from ray import tune
 from ray._private.worker import get_dashboard_url  # what ray.init() told
 from ray.tune.experiment import Trial
 
-from cluster.nodes import member_nodes
 from tune.agenda import Agenda
 from tune.config import SweepConfig
 from tune.orders import Orders
 from tune.outcome import COSTS, Outcomes
-from tune.places import DoesNotFit, Place, Places
+from tune.places import DoesNotFit, HostGone, Place, Places
 from tune.points import Source
 from tune.population import Population, donor_step, give_checkpoint
 from tune.purse import Purse
@@ -28,14 +27,12 @@ from tune.search import StudySearch
 from tune.space import at_point, shown
 from tune.study import SweepStudy, TrialRecord
 from tune.trial import WHERE, TrialActor
+from tune.waiting import Waiting
 from workbench.config import adopt_environment
 from workbench.errors import UserError
 from workbench.runs import Run, run_id
 from workbench.tracking import read_metrics
 from workloads.training.resume import CHECKPOINTS
-
-PATIENCE_SECONDS = 60.0
-"""After so long without room, a trial's place is looked for again: its host may be gone."""
 
 NOT_TOLD = {"step", "host", "card", "setup", "joules", "done", "outcome", "reason", "facts"}
 """Of a trial's result, what is no metric."""
@@ -67,8 +64,7 @@ class Driver:
         self._live: dict[int, dict[str, Any]] = {}
         """By number the last result of each trial that runs."""
         self._orders = Orders(config, run, study, self._purse, self._folder, self._live.keys())
-        self._waits: dict[int, float] = {}
-        """Since when a trial's process has not begun, or when its place was looked for last."""
+        self._waiting = Waiting(places, self._orders, run)
         self.error: UserError | None = None
 
     @property
@@ -125,9 +121,13 @@ class Driver:
         self._orders.obey()
         if self.paused or self.error or len(self._live) >= self._config.concurrent:
             return None
+        gone = ""
         for record in self._upcoming():
             try:
                 place = self._place(record)
+            except HostGone as error:
+                gone = f"no host is left for trial {record.number}: {error}"
+                continue
             except DoesNotFit as error:
                 self._held.remove(record)
                 self._study.end(record.number, "does not fit", str(error))
@@ -136,13 +136,15 @@ class Driver:
             if place is not None:
                 self._held.remove(record)
                 return self._start(record, place)
+        if gone:
+            self._waiting.lacks_host(gone, alone=not self._live)
         return None
 
     def _upcoming(self) -> Iterator[TrialRecord]:
-        """Trials for which no card was free, then new ones, as long as all together may run at once: a large trial that
-        waits for the large card leaves the small ones to others. All are held."""
+        """Trials for which no card was free, then new ones while there is a free card, of which as many may be held as
+        may run: a large trial that waits for the large card leaves the small ones to others. All are held."""
         yield from list(self._held)
-        while len(self._held) + len(self._live) < self._config.concurrent:
+        while len(self._held) < self._config.concurrent and self._places.has_room():
             record = self._agenda.following(alone=not (self._live or self._held))
             if record is None:
                 return
@@ -151,9 +153,8 @@ class Driver:
 
     def _place(self, record: TrialRecord) -> Place | None:
         """Where the trial may run now; None where every card that has room for it is taken. Raises DoesNotFit."""
-        out_of_memory = [a["memory_gb"] for a in record.attempts if a.get("out_of_memory")]
         chosen = at_point(self._config.config, record.point)
-        return self._places.take(record.number, chosen, over_gb=max(out_of_memory, default=0.0))
+        return self._places.take(record.number, chosen, over_gb=outgrown_gb(record))
 
     def _start(self, record: TrialRecord, place: Place) -> tuple[TrialRecord, Place]:
         if record.parent is not None:
@@ -161,9 +162,10 @@ class Driver:
             give_checkpoint(parents, record.parent_step, own)
         steps = f"goes on after step {record.steps}" if record.curve else "starts"
         self._run.say(f"trial {record.number} {steps}: {shown(record.point)}")
-        self._live[record.number], self._waits[record.number] = {}, time.monotonic()
+        self._live[record.number] = {}
+        self._waiting.add(record.number, place)
         (self._folder / str(record.number) / WHERE).unlink(missing_ok=True)
-        self._study.attempt(record.number, gpus=place.gpus, memory_gb=place.memory_gb)
+        self._study.attempt(record.number, gpus=0.0, memory_gb=place.had_gb)
         return self._study.trial(record.number), place
 
     def over(self) -> bool:
@@ -176,8 +178,13 @@ class Driver:
         """Tune has let go of a trial."""
         last = self._live.pop(number, {})
         self._places.give_back(number)
-        self._waits.pop(number, None)
-        if self._outcomes.settle(number, last, result or {}, death, self._orders.forget(number)):
+        if self._waiting.remove(number):
+            self._study.during(number, began=time.time(), joules=0.0)
+        verdict = self._orders.forget(number)
+        if self._waiting.moves(number):
+            self._study.leave(number)
+            self._agenda.again(number)
+        elif self._outcomes.settle(number, last, result or {}, death, verdict):
             self._agenda.again(number)
 
     # What the scheduler asks and tells
@@ -194,8 +201,14 @@ class Driver:
         """Whether the trial may be stopped early: one that is repeated runs to its end."""
         return self._study.trial(number).repeats is None
 
+    def begun(self, number: int) -> None:
+        """The trial's process has begun: from now on it has its cards, and is charged for them."""
+        if place := self._waiting.remove(number):
+            self._study.during(number, began=time.time(), gpus=place.gpus)
+
     def reported(self, number: int, result: dict[str, Any]) -> bool:
         """Take note of a look; whether the trial goes on."""
+        self.begun(number)
         step, metric = int(result["step"]), self._config.metric
         if missing := [name for name in self._config.metrics if name not in result and name not in COSTS]:
             known = sorted(set(result) - NOT_TOLD - _AUTOMATIC - {"trial_id", "config"})
@@ -205,7 +218,6 @@ class Driver:
             self._orders.tell_all("stopped", "the sweep was ended")
             return False
         self._live[number] = result
-        self._waits.pop(number, None)
         facts = {key: result[key] for key in ("host", "card", "joules") if key in result}
         self._study.during(number, setup=round(result["setup"], 2), **facts)
         self._study.measured(number, step, result[metric])
@@ -239,19 +251,9 @@ class Driver:
         return self._orders.overdue(number)
 
     def in_vain(self, number: int) -> bool:
-        """Whether the trial, whose process has not begun, is to end, or has no host any more: then the sweep pauses."""
-        if self._orders.told(number):
-            return True
-        if time.monotonic() - self._waits.get(number, time.monotonic()) < PATIENCE_SECONDS:
-            return False
-        self._waits[number] = time.monotonic()
-        try:
-            waits = Places(self._config.config, member_nodes()).waits
-        except UserError as error:
-            self._orders.pause(f"no host is left for trial {number}: {error}")
-            return True
-        self._run.say(f"trial {number} has no room yet{': ' * bool(waits)}{waits}")
-        return False
+        """Whether the trial, whose process has not begun, is to end, or has no host any more: then it begins on
+        another, or the sweep pauses."""
+        return self._orders.told(number) or self._waiting.in_vain(number)
 
     def _close_attempts(self) -> None:
         """Trials that a kill cut short ended when they last wrote a row."""
@@ -273,6 +275,11 @@ def trial_steps(config: SweepConfig) -> list[int]:
     """The numbers of steps that trials may have."""
     steps = config.space.get("steps")
     return [config.config.steps, *(map(int, steps.extremes) if steps else ())]
+
+
+def outgrown_gb(record: TrialRecord) -> float:
+    """The most memory of a card that the trial has had and that was too small; 0 where none was."""
+    return max((attempt.get("outgrown_gb", 0.0) for attempt in record.attempts), default=0.0)
 
 
 def _name(trial: Trial) -> str:

@@ -5,15 +5,21 @@ from pathlib import Path
 
 from torch import cuda
 
-WORDS = (
-    "out of memory",  # CUDA's, NCCL's, and the kernel's in a message of Ray's monitor
-    "cublas_status_alloc_failed",
-    "cudnn_status_alloc_failed",
+KERNEL = "kernel has killed a process"
+"""What is said where only the kernel's count tells of a death."""
+
+OF_THE_HOST = (
     "can't allocate memory",  # PyTorch's allocator of host memory
     "not enough memory: you tried to allocate",
     "cannot allocate memory",
     "running low on memory",  # Ray's monitor, which kills a process before the kernel does
+)
+WORDS = (
+    "out of memory",  # CUDA's, NCCL's, and the kernel's in a message of Ray's monitor
+    "cublas_status_alloc_failed",
+    "cudnn_status_alloc_failed",
     "outofmemoryerror",
+    *OF_THE_HOST,
 )
 """Of messages, in lower case."""
 
@@ -38,6 +44,12 @@ def said_of_memory(text: str) -> str:
         if GUESSED not in low and any(words in low for words in WORDS):
             return line.strip()
     return ""
+
+
+def is_of_the_host(words: str) -> bool:
+    """Whether ``words``, which mean out of memory, speak of the host's: a larger card would not help."""
+    low = words.lower()
+    return low.startswith("memoryerror") or any(part in low for part in (*OF_THE_HOST, KERNEL))
 
 
 def kernel_kills(vmstat: Path = Path("/proc/vmstat")) -> int:

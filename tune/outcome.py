@@ -6,7 +6,7 @@ from typing import Any
 
 from tune.config import SweepConfig
 from tune.group import last_words
-from tune.memory import kernel_kills, said_of_memory
+from tune.memory import KERNEL, is_of_the_host, kernel_kills, said_of_memory
 from tune.orders import Verdict
 from tune.study import SweepStudy
 from tune.trial import RESULT, WHERE
@@ -34,8 +34,10 @@ class Outcomes:
         ``last`` is its last look, ``result`` how it says that it ended, ``death`` what became of its process.
         """
         outcome, reason = result.get("outcome", "ended"), result.get("reason", "")
+        if result.get("joules") is not None:
+            self._study.during(number, joules=result["joules"])
         if death:
-            outcome, reason = self._of_death(number, death)
+            outcome, reason = ("died", "") if verdict else self._of_death(number, death)
         if outcome in ("ended", "died") and verdict is not None and verdict.state != "paused":
             self._study.end(number, verdict.state, verdict.reason)
             self._run.say(f"trial {number} is {verdict.state}: {verdict.reason}")
@@ -46,7 +48,7 @@ class Outcomes:
             return False
         if outcome == "died":
             return self._again(number, reason)
-        if outcome == "does not fit" and self._once_more(number, bool(death)):
+        if outcome == "does not fit" and self._once_more(number, reason, bool(death)):
             return True
         self._end(number, outcome, reason, last, result)
         return False
@@ -56,7 +58,7 @@ class Outcomes:
         if words := said_of_memory(death):
             return "does not fit", words
         if _killed_by_the_kernel(self._folder / str(number) / WHERE):
-            return "does not fit", "its host's kernel has killed a process for want of memory meanwhile"
+            return "does not fit", f"its host's {KERNEL} for want of memory meanwhile"
         return "died", last_words(death)
 
     def _again(self, number: int, reason: str) -> bool:
@@ -70,15 +72,15 @@ class Outcomes:
         self._run.say(f"trial {number} goes on from its last checkpoint: {reason}")
         return True
 
-    def _once_more(self, number: int, killed: bool) -> bool:
-        """Whether a trial that ran out of memory is tried again: once, where there may be a larger card, or where it
-        was ``killed``, which others on its host may have been the cause of."""
+    def _once_more(self, number: int, reason: str, killed: bool) -> bool:
+        """Whether a trial that ran out of memory is tried again, once: with more of a card's where that was too small,
+        and where it was if its host's was and it was ``killed``, which others there may have been the cause of."""
         attempts = self._study.trial(number).attempts
-        card = attempts[-1]["memory_gb"]
+        card = 0.0 if is_of_the_host(reason) else attempts[-1]["memory_gb"]
         if not (card or killed) or any(attempt.get("out_of_memory") for attempt in attempts):
             return False
-        self._study.during(number, out_of_memory=True, ended=time.time())
-        what, where = (f"{card:g} GB", "on a larger card") if card else ("memory", "once more")
+        self._study.during(number, out_of_memory=True, outgrown_gb=card, ended=time.time())
+        what, where = (f"its card's {card:g} GB", "with more") if card else ("memory", "once more")
         self._run.say(f"trial {number} ran out of {what}: it is tried {where}")
         return True
 
@@ -86,8 +88,7 @@ class Outcomes:
         facts = {key[6:]: value for key, value in result.items() if key.startswith("facts/")}
         kept = {key[5:]: value for key, value in facts.items() if key.startswith("kept/")}
         values = {name: value for name, value in {**last, **kept}.items() if name in self._config.metrics}
-        spent = {"joules": result["joules"]} if result.get("joules") is not None else {}
-        self._study.during(number, ended=time.time(), **spent)
+        self._study.during(number, ended=time.time())
         record = self._study.trial(number)
         values |= {"seconds": record.seconds, "gpu_seconds": record.gpu_seconds}
         if outcome == "finished" and not (self._folder / str(number) / RESULT).is_dir():

@@ -7,7 +7,7 @@ need, so that no more trials are on a card than it holds.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -28,14 +28,24 @@ class DoesNotFit(Exception):
     """No card that a trial may get can hold it."""
 
 
+class HostGone(Exception):
+    """The cards that could hold a trial were there, and are not now."""
+
+
 @dataclass
 class Kind:
-    """Cards of one model that trials may get: one whole card of it, how many were free, and how much is taken."""
+    """Cards of one model that trials may get: one whole card of it, how many are up, how many of these others had when
+    it was first seen, and how much is taken."""
 
     memory_gb: float
     whole: Placement
-    free: float
+    up: float
+    others: float
     taken: float = 0.0
+
+    def room(self, workers: int) -> float:
+        """What trials of ``workers`` may have of it; at least one such trial, as others' cards come free."""
+        return max(self.up - self.others, float(workers)) if self.up else 0.0
 
 
 @dataclass(frozen=True)
@@ -55,33 +65,70 @@ class Place:
         """Cards that the trial has in all."""
         return self.share * self.workers
 
+    @property
+    def had_gb(self) -> float:
+        """What each worker has of its card's memory."""
+        return self.memory_gb * min(1.0, self.share)
+
 
 class Places:
-    """The cards of a sweep on ``nodes`` as they are when its session begins, and which of them trials have.
+    """The cards of a sweep on ``nodes``, and which of them trials have.
 
     Raises UserError where no host can ever hold a trial of ``config``.
     """
 
     def __init__(self, config: TrainingConfig, nodes: Sequence[Node]) -> None:
-        request, self._workers = config.request(), config.workers
-        self._usual = Place(place(request, nodes, workers=config.workers), request.gpu_share, workers=config.workers)
+        self._request, self._workers = config.request(), config.workers
         self._held: dict[int, Place] = {}
         self._kinds: list[Kind] = []
-        if request.gpu is None:
+        self.refresh(nodes)
+
+    def refresh(self, nodes: Sequence[Node]) -> None:
+        """Take the hosts for what ``nodes`` says now: some may be gone, some new; trials keep what they hold.
+
+        Raises UserError where no host can hold a trial any more.
+        """
+        for kind in self._kinds:
+            kind.up = 0.0
+        known = {_key(kind.whole): kind for kind in self._kinds}
+        for placement, memory_gb, up, free in self._ways(nodes):
+            kind = known.get(_key(placement)) or Kind(memory_gb, placement, up, up - free)
+            kind.whole, kind.up = placement, up
+            known[_key(placement)] = kind
+        self._kinds = sorted(known.values(), key=lambda kind: (bool(kind.whole.cards), kind.memory_gb))
+        usual = place(self._request, nodes, workers=self._workers)
+        self._usual = Place(usual, self._request.gpu_share, workers=self._workers)
+
+    def _ways(self, nodes: Sequence[Node]) -> Iterator[tuple[Placement, float, float, float]]:
+        """Of each kind of card one whole card, its GB, how many are up, and how many of these are free."""
+        need = self._request.gpu
+        if need is None:
             return
-        named = bool(request.gpu.model or request.gpu.memory)
         sizes = {card.model: card.memory_gb for node in nodes for card in node.cards}
-        one = CardNeed(model=request.gpu.model, memory=request.gpu.memory or ">=0GB")
-        whole = request.model_copy(update={"gpu": one, "share": None})
+        one = CardNeed(model=need.model, memory=need.memory or ">=0GB")
+        whole = self._request.model_copy(update={"gpu": one, "share": None})
+        idle = ways(whole, [replace(node, free=None) for node in nodes], workers=self._workers)
+        up = {_key(placement): float(count) for placement, count in idle}
         for placement, free in ways(whole, nodes, workers=self._workers):
             models = [name for name in placement.resources if name in sizes]
-            if models and (named or not placement.cards):  # a reserved card is asked for by its name or size
-                self._kinds.append(Kind(sizes[models[0]], placement, float(max(free, self._workers))))
+            if models and (need.model or need.memory or not placement.cards):  # reserved: only by its name or size
+                yield placement, sizes[models[0]], up[_key(placement)], float(free)
+
+    def is_gone(self, number: int) -> bool:
+        """Whether no host that is up has what trial ``number`` was given."""
+        held = self._held[number]
+        if held.kind is not None:
+            return not held.kind.up
+        return _key(held.placement) != _key(self._usual.placement)
+
+    def has_room(self) -> bool:
+        """Whether a trial might get a place now."""
+        return not self._kinds or any(kind.taken + 1e-6 < kind.room(self._workers) for kind in self._kinds)
 
     def take(self, number: int, config: TrainingConfig, over_gb: float = 0.0) -> Place | None:
-        """A free place for trial ``number``, on a card of more than ``over_gb``; None where it must wait.
+        """A free place for trial ``number``, with more than ``over_gb`` of a card's memory; None where it must wait.
 
-        Raises DoesNotFit where no card is large enough.
+        Raises DoesNotFit where no card is large enough, HostGone where none that is has a host now.
         """
         tensors = estimated(config)[1] if config.gpus_per_worker else 0
         if not self._kinds:
@@ -90,12 +137,14 @@ class Places:
         needed, fits = self._fitting(config, over_gb)
         asked = config.request().gpu_share
         for kind in fits:
-            share = 1.0 if asked == 1 else min(1.0, max(asked, math.ceil(100 * needed / kind.memory_gb) / 100))
-            if kind.taken + share * self._workers <= kind.free + 1e-6:
+            share = 1.0 if over_gb else min(1.0, max(asked, math.ceil(100 * needed / kind.memory_gb) / 100))
+            if kind.taken + share * self._workers <= kind.room(self._workers) + 1e-6:
                 kind.taken += share * self._workers
                 part = _part(kind.whole, share)
                 self._held[number] = Place(part, share, kind.memory_gb, self._workers, tensors, kind)
                 return self._held[number]
+        if not any(kind.up for kind in fits):
+            raise HostGone(f"no host that is up has {' or '.join(sorted({_model(kind.whole) for kind in fits}))}")
         return None
 
     def check(self, configs: Sequence[TrainingConfig], nodes: Sequence[Node], say: Callable[[str], Any]) -> None:
@@ -136,6 +185,15 @@ class Places:
         place = self._held.pop(number, None)
         if place is not None and place.kind is not None:
             place.kind.taken -= place.gpus
+
+
+def _key(placement: Placement) -> tuple[Any, ...]:
+    """What makes two placements of one request the same, also where other hosts have it now."""
+    return tuple(sorted(placement.bundle().items())), placement.host, placement.visible
+
+
+def _model(placement: Placement) -> str:
+    return min(placement.resources, key=len)  # the other is the card's own, by its UUID
 
 
 def _part(whole: Placement, share: float) -> Placement:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import ray
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
@@ -58,6 +59,9 @@ class Sweep(Protocol):
     def spare(self, number: int, step: int) -> None:
         """The trial would have been stopped."""
 
+    def begun(self, number: int) -> None:
+        """The trial's process has begun."""
+
     def overdue(self, number: int) -> bool:
         """Whether the trial was to end and has not."""
 
@@ -81,7 +85,8 @@ def inner_scheduler(config: SweepConfig, steps: int) -> TrialScheduler:
 class SweepScheduler(FIFOScheduler):
     """Tune's interface around ``inner``: sees every result, remembers earlier sessions, spares and obeys.
 
-    Tune itself stops a trial only where it is overdue: a trial that is told to end does so where it reported.
+    A trial that is told to end does so where it reported. The process of one that is overdue is killed, which is a
+    death to Tune: were Tune told to stop the trial, it would keep the process for the next, which would wait for ever.
     """
 
     def __init__(self, inner: TrialScheduler, sweep: Sweep, config: SweepConfig) -> None:
@@ -130,10 +135,14 @@ class SweepScheduler(FIFOScheduler):
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """First come, first served; called in every round of Tune's, so that the overdue are found here."""
-        ends = {Trial.RUNNING: self._sweep.overdue, Trial.PENDING: self._sweep.in_vain}
         for trial in list(tune_controller.get_live_trials()):
-            if trial.status in ends and ends[trial.status](trial.config["number"]):
+            number = trial.config["number"]
+            if trial.status == Trial.PENDING and self._sweep.in_vain(number):
                 tune_controller.stop_trial(trial)
+            elif trial.status == Trial.RUNNING:
+                self._sweep.begun(number)
+                if self._sweep.overdue(number):
+                    ray.kill(trial.temporary_state.ray_actor)
         return super().choose_trial_to_run(tune_controller)
 
     def _decide(self, entrant: Entrant, result: dict[str, Any]) -> str:

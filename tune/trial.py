@@ -29,7 +29,7 @@ from tune.memory import kernel_kills, out_of_memory
 from tune.part import PARTIAL, Ended, is_there, take_environment, train_part
 from workbench.errors import UserError
 from workbench.files import write_atomic, write_json
-from workloads.training.devices import local_device
+from workloads.training.devices import CardTooSmall, local_device
 from workloads.training.divergence import Diverged
 from workloads.training.resume import CHECKPOINTS
 
@@ -100,7 +100,7 @@ class TrialActor(tune.Trainable):
         self._trial = trial
         self._thread, self._is_lost = None, False
         self._meter: EnergyMeter | None = None
-        self._others: float | None = 0.0
+        self._others: float | None = None
         self._folder = Path(self._shared["folder"]) / str(trial["number"])
         self._results: queue.Queue[dict[str, Any]] = queue.Queue()
         self._go: queue.Queue[bool] = queue.Queue()
@@ -144,8 +144,10 @@ class TrialActor(tune.Trainable):
         lines = str(error).strip().splitlines() or [""]
         if words:
             self._results.put({"lost": words})
-        elif memory or isinstance(error, UserError):  # the one mistake that only the card shows is its size
+        elif memory or isinstance(error, CardTooSmall):
             self._end("does not fit", reason=memory or str(error))
+        elif isinstance(error, UserError):
+            self._end("failed", reason=str(error))
         else:
             write_atomic(self._folder / "error.txt", traceback.format_exc())
             self._end("failed", reason=f"{type(error).__name__}: {lines[-1]}")
@@ -181,9 +183,11 @@ class TrialActor(tune.Trainable):
         return facts
 
     def _joules(self) -> float | None:
-        """What the trial's cards have taken; of the other ranks' only once they have ended."""
+        """What the trial's cards have taken; None until the other ranks have told, which they do when they end."""
         own = None if self._meter is None else self._meter.joules()
-        return own if own is None or self._peers is None else own + (self._others or 0.0)
+        if self._shared["config"].workers == 1:
+            return own
+        return None if own is None or self._others is None else own + self._others
 
     def _drop_peers(self) -> None:
         if self._peers is not None:

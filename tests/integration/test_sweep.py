@@ -25,6 +25,7 @@ from sweeps import (
 )  # fmt: skip
 
 from tune.config import SweepConfig
+from tune.study import SweepStudy
 from tune.trial import RESULT
 from workbench.config import load
 from workbench.errors import UserError
@@ -106,3 +107,27 @@ def test_a_sweep_whose_driver_was_killed_goes_on_with_finished_trials_untouched(
     config.write_text(config.read_text().replace("warmup_steps: 2", "warmup_steps: 3"))
     with pytest.raises(UserError, match=r"began with config.warmup_steps=2, and its config.yaml now has 3"):
         resume(folder)
+
+
+@pytest.mark.soak
+def test_a_trial_that_hangs_is_ended_by_force_and_the_next_begins(root: Path) -> None:
+    hung: list[psutil.Process] = []
+
+    def hang() -> None:
+        wait_until(lambda: folder_of(root, "hangs"), 240, "a study")
+        folder = folder_of(root, "hangs")
+        assert folder is not None
+        wait_until(lambda: any(trial.curve for trial in trials_of(folder)), 240, "a look")
+        hung.extend(actors())
+        hung[0].suspend()
+        SweepStudy(folder, {"validation_loss": "min"}).write_note("stop", [0])
+
+    order = threading.Thread(target=hang, daemon=True)
+    order.start()
+    one_by_one = ["budget.trials=2", "concurrent=1", "scheduler.kind=none", "config.steps=60", "grace_seconds=2"]
+    folder, summary = sweep(root, "hangs", *one_by_one)
+    order.join(timeout=10)
+    assert [trial.state for trial in trials_of(folder)] == ["stopped", "finished"]
+    assert summary["best_trial"] == "1"
+    assert len(hung) == 1
+    wait_until(lambda: nothing_is_left() and not hung[0].is_running(), 60, "the end of the trials' processes")

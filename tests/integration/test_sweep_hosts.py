@@ -11,7 +11,7 @@ from kills import wait_until
 from raylets import bare_head, host
 from sweeps import folder_of, resume, sweep, sweep_root, trials_of
 
-import tune.driver
+import tune.waiting
 
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.soak]
 
@@ -62,7 +62,7 @@ def test_the_trials_of_a_killed_raylet_go_on_elsewhere(cluster: Any, root: Path)
 def test_a_sweep_without_a_host_pauses_and_goes_on_with_a_new_one(
     cluster: Any, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune.driver, "PATIENCE_SECONDS", 5.0)
+    monkeypatch.setattr(tune.waiting, "PATIENCE_SECONDS", 5.0)
     killer = kill_when_under_way(root, "none", host(cluster))
     folder, summary = sweep(root, "none", *KEYS)
     killer.join(timeout=10)

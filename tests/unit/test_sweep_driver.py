@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from made_cluster import nodes
 
 import tune.orders
+import tune.waiting
 from cluster.nodes import Node
 from tune.config import SweepConfig
 from tune.driver import Driver
@@ -28,6 +30,8 @@ from workbench.runs import Run, open_run
 from workbench.tracking import read_metrics
 
 HOST = Node("here", total={"CPU": 8.0})
+
+SIZED = {"gpu": {"memory": ">=12GB"}}
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +67,30 @@ def session(config: SweepConfig, study: SweepStudy | None = None) -> Iterator[tu
     with open_run("tune", "run", config) as run:
         study = study or SweepStudy(run.folder, config.metrics, create=True)
         yield Driver(config, run, study, source_of(config), Places(config.config, [HOST]), {}), study, run
+
+
+@contextmanager
+def carded(base: str, resources: dict[str, Any], *overrides: str) -> Iterator[tuple[Driver, SweepStudy]]:
+    """A driver of trials that need cards, on the three machines."""
+    config = sweep(f"config.base={base}", f"resources={resources}", "config.max_length=64", *overrides)
+    with open_run("tune", "run", config) as run:
+        study = SweepStudy(run.folder, config.metrics, create=True)
+        yield Driver(config, run, study, source_of(config), Places(config.config, nodes()), {}), study
+
+
+def only_large_cards_hold(driver: Driver, large: Callable[[Any], bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have trials that are ``large`` by their config need more than 32 GB."""
+    take = driver._places.take
+    monkeypatch.setattr(
+        driver._places, "take",
+        lambda number, chosen, over_gb: take(number, chosen, over_gb=32.0 if large(chosen) else over_gb),
+    )  # fmt: skip
+
+
+def without(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    """Have ``host`` die, and be missed at once."""
+    monkeypatch.setattr(tune.waiting, "member_nodes", lambda: [node for node in nodes() if node.host != host])
+    monkeypatch.setattr(tune.waiting, "PATIENCE_SECONDS", 0.0)
 
 
 class Tune:
@@ -287,6 +315,8 @@ def test_hours_of_cards_that_are_spent_pause_the_sweep() -> None:
         study.enqueue({"learning_rate": 0.5})
         found = driver.next()
         assert found is not None
+        driver.scheduler.on_trial_add(None, SimpleNamespace(config={"number": 0}))
+        driver.begun(0)
         study.during(0, gpus=1.0)
         Tune(config, driver, run, by_rate)._goes_on(found[0], lambda number, step: None)
         assert driver.paused.endswith("GPU-hours are spent")
@@ -360,11 +390,7 @@ def test_a_point_that_somebody_enqueued_and_no_trial_may_have_fails_with_its_rea
 
 
 def test_a_trial_that_ran_out_of_memory_is_tried_once_on_a_larger_card(base: str) -> None:
-    resources = {"gpu": {"memory": ">=12GB"}}
-    config = sweep("budget.trials=1", f"config.base={base}", f"resources={resources}", "config.max_length=64")
-    with open_run("tune", "run", config) as run:
-        study = SweepStudy(run.folder, config.metrics, create=True)
-        driver = Driver(config, run, study, source_of(config), Places(config.config, nodes()), {})
+    with carded(base, SIZED, "budget.trials=1") as (driver, study):
         sizes = []
         while not driver.over():
             found = driver.next()
@@ -374,6 +400,100 @@ def test_a_trial_that_ran_out_of_memory_is_tried_once_on_a_larger_card(base: str
         assert sizes == [16, 32]
         assert (study.trial(0).state, study.trial(0).reason) == ("does not fit", "CUDA out of memory")
         assert len(study.trial(0).attempts) == 2
+
+
+def test_one_that_ran_out_of_its_share_of_a_card_gets_the_whole_card(base: str) -> None:
+    with carded(base, {"gpu": "rtx-pro-6000", "share": 0.25}, "budget.trials=1") as (driver, study):
+        shares = []
+        while not driver.over():
+            found = driver.next()
+            assert found is not None
+            shares.append(found[1].share)
+            driver.ended(0, {"outcome": "does not fit", "reason": "CUDA out of memory"})
+        assert shares == [0.25, 1]
+        assert [attempt["memory_gb"] for attempt in study.trial(0).attempts] == [24, 96]
+
+
+@pytest.mark.parametrize("resources", [SIZED, {"gpu": "rtx-pro-6000"}])
+def test_one_that_was_killed_for_its_hosts_memory_is_tried_where_it_was(base: str, resources: dict[str, Any]) -> None:
+    with carded(base, resources, "budget.trials=1") as (driver, study):
+        sizes = []
+        while not driver.over():
+            found = driver.next()
+            assert found is not None
+            sizes.append(found[1].memory_gb)
+            driver.ended(0, None, "it was killed due to the node running low on memory.")
+        assert sizes in ([16, 16], [96, 96])
+        assert study.trial(0).state == "does not fit"
+        assert "low on memory" in study.trial(0).reason
+
+
+def test_a_trial_whose_host_is_gone_before_it_begins_is_placed_on_another(
+    base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with carded(base, SIZED, "budget.trials=1") as (driver, study):
+        found = driver.next()
+        assert found is not None and set(found[1].placement.resources) == {"rtx-5060-ti"}
+        assert not driver.in_vain(0)
+        without(monkeypatch, "linux-box")
+        assert driver.in_vain(0)
+        driver.ended(0, None)  # Tune has stopped it
+        found = driver.next()
+        assert found is not None and found[1].memory_gb == 32
+        assert not driver.in_vain(0)
+        assert not driver.paused
+        assert study.trial(0).seconds == pytest.approx(0, abs=0.1)
+
+
+def test_a_trial_that_needs_the_card_of_a_host_that_is_gone_waits_and_pauses_the_sweep_at_its_end(
+    base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with carded(base, SIZED, "budget.trials=2", "concurrent=2") as (driver, study):
+        for rate in (0.9, 0.2):
+            study.enqueue({"learning_rate": rate})
+        only_large_cards_hold(driver, lambda chosen: chosen.learning_rate > 0.5, monkeypatch)
+        assert [found[1].memory_gb for _ in range(2) if (found := driver.next())] == [96, 16]
+        driver.begun(1)
+        without(monkeypatch, "system-a")
+        assert driver.in_vain(0)
+        driver.ended(0, None)
+        assert driver.next() is None
+        assert not driver.paused
+        driver.ended(1, {"outcome": "diverged"})
+        monkeypatch.setattr(tune.waiting, "PATIENCE_SECONDS", 60.0)
+        assert driver.next() is None
+        assert driver.paused == "no host is left for trial 0: no host that is up has rtx-pro-6000"
+        assert driver.over()
+        assert study.trial(0).state == "running"
+
+
+def test_a_trial_is_charged_from_when_its_process_begins(base: str) -> None:
+    with carded(base, SIZED, "budget.trials=2", "concurrent=2") as (driver, study):
+        for _ in range(2):
+            assert driver.next() is not None
+        time.sleep(0.2)
+        driver.begun(0)
+        driver.begun(0)
+        driver.ended(0, {"outcome": "diverged"})
+        driver.ended(1, None)  # in vain
+        assert study.trial(0).gpu_seconds == pytest.approx(study.trial(0).seconds)
+        assert 0 < study.trial(0).seconds < 0.2
+        assert (study.trial(1).gpu_seconds, study.trial(1).joules) == (0, 0)
+        assert study.trial(1).seconds == pytest.approx(0, abs=0.1)
+
+
+def test_a_trial_that_is_stopped_or_paused_keeps_the_joules_that_it_told_at_its_end() -> None:
+    config = sweep("budget.trials=2", "scheduler.kind=none")
+    with session(config) as (driver, study, _):
+        for _ in range(2):
+            assert driver.next() is not None
+        for number in range(2):
+            driver.begun(number)
+            study.during(number, joules=None)
+        driver.stop_early(0, 10)
+        for number in range(2):
+            driver.ended(number, {"outcome": "ended", "joules": 7.0})
+        assert [trial.joules for trial in study.trials()] == [7, 7]
 
 
 def test_a_trial_whose_process_died_too_often_has_failed() -> None:
@@ -387,24 +507,34 @@ def test_a_trial_whose_process_died_too_often_has_failed() -> None:
         assert len(study.trial(0).attempts) == 3
 
 
-def test_a_trial_that_waits_for_a_taken_card_leaves_the_others_to_those_behind_it(
-    monkeypatch: pytest.MonkeyPatch,
+def test_trials_that_wait_for_a_taken_card_leave_the_others_to_those_behind_them(
+    base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = sweep("budget.trials=4", "concurrent=3")
-    with session(config) as (driver, study, _):
-        for rate in (0.9, 0.2, 0.8, 0.3):
-            study.enqueue(source_of(config).encode({"learning_rate": rate}))
-        take, full = driver._places.take, True
-
-        def take_if_small(number: int, chosen: Any, over_gb: float) -> Any:
-            return None if full and chosen.learning_rate > 0.5 else take(number, chosen, over_gb=over_gb)
-
-        monkeypatch.setattr(driver._places, "take", take_if_small)
-        assert [found[0].point["learning_rate"] for _ in range(3) if (found := driver.next())] == [0.2]
+    with carded(base, SIZED, "budget.trials=5", "concurrent=3") as (driver, study):
+        for rate in (0.9, 0.8, 0.7, 0.2, 0.3):
+            study.enqueue({"learning_rate": rate})
+        only_large_cards_hold(driver, lambda chosen: chosen.learning_rate > 0.5, monkeypatch)
+        started = [found for _ in range(4) if (found := driver.next())]
+        assert [(record.point["learning_rate"], place.memory_gb) for record, place in started] == [
+            (0.9, 96), (0.2, 16), (0.3, 32),
+        ]  # fmt: skip
         assert not driver.over()
-        driver.ended(1, {"outcome": "finished", "facts/trained_parameters": 7})
-        full = False
-        assert [found[0].point["learning_rate"] for _ in range(4) if (found := driver.next())] == [0.9, 0.8, 0.3]
+        driver.ended(0, {"outcome": "diverged"})
+        following = driver.next()
+        assert following is not None and following[0].point["learning_rate"] == 0.8
+
+
+def test_no_more_trials_are_held_than_may_run(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with carded(base, SIZED, "budget.trials=9", "concurrent=3") as (driver, study):
+        only_large_cards_hold(driver, lambda chosen: True, monkeypatch)
+        assert [found[1].memory_gb for _ in range(4) if (found := driver.next())] == [96]
+        assert len(study.trials()) == 4
+
+
+def test_none_is_held_while_every_card_is_taken(base: str) -> None:
+    with carded(base, {"gpu": "rtx-pro-6000"}, "budget.trials=9", "concurrent=3") as (driver, study):
+        assert [found[1].memory_gb for _ in range(4) if (found := driver.next())] == [96]
+        assert len(study.trials()) == 1
 
 
 def test_a_sweep_has_one_driver_whose_lock_ends_with_its_process(tmp_path: Path) -> None:

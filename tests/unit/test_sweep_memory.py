@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tune.group import last_words
-from tune.memory import kernel_kills, out_of_memory, said_of_memory
+from tune.memory import is_of_the_host, kernel_kills, out_of_memory, said_of_memory
 
 RAY_OF_ANY_DEATH = (
     "The actor died unexpectedly before finishing this task.\n"
@@ -62,3 +62,17 @@ def test_the_kernel_counts_what_it_kills(tmp_path: Path) -> None:
     (tmp_path / "vmstat").write_text("nr_free_pages 7\noom_kill 3\n")
     assert kernel_kills(tmp_path / "vmstat") == 3
     assert kernel_kills(tmp_path / "none") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "of_the_host"),
+    [
+        ("Task was killed due to the node running low on memory.", True),
+        (out_of_memory(MemoryError()), True),
+        ("its host's kernel has killed a process for want of memory meanwhile", True),
+        ("worker 1: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.", False),
+        ("each worker needs 3.0 GiB for tensors (estimated)", False),
+    ],
+)
+def test_memory_of_the_host_is_told_from_the_cards(words: str, of_the_host: bool) -> None:
+    assert is_of_the_host(words) is of_the_host

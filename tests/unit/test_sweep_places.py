@@ -1,12 +1,14 @@
 """Which card a trial gets, on made hosts: the smallest that its estimated memory fits on, and no card too full."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from made_cluster import RTX_PRO_6000, nodes
 
-from tune.places import DoesNotFit, Places, estimated
+from cluster.nodes import Node
+from tune.places import DoesNotFit, HostGone, Places, estimated
 from workbench.errors import UserError
 from workloads.sft import SftConfig
 
@@ -64,6 +66,37 @@ def test_a_trial_that_ran_out_of_memory_gets_a_larger_card_or_none(base: str) ->
     assert place is not None and place.memory_gb == 32
     with pytest.raises(DoesNotFit, match="more than 96 GB, which it had"):
         places.take(1, small, over_gb=96)
+
+
+def test_cards_of_a_host_that_is_gone_are_waited_for_and_found_when_it_is_back(base: str) -> None:
+    small, large = sft(base, SIZED), sft(base, SIZED, method="full")
+    places = Places(small, nodes())
+    assert [place.memory_gb for number in range(2) if (place := places.take(number, small))] == [16, 32]
+    places.refresh([node for node in nodes() if node.host != "system-a"])
+    assert (places.is_gone(0), places.is_gone(1)) == (False, True)
+    with pytest.raises(HostGone, match="no host that is up has rtx-5090 or rtx-pro-6000"):
+        places.take(2, large)
+    assert not places.has_room()
+    places.give_back(1)
+    places.refresh(nodes())
+    assert [place.memory_gb for number in (1, 2) if (place := places.take(number, large))] == [32, 96]
+    with pytest.raises(UserError, match="no host has"):
+        places.refresh(nodes()[2:])
+
+
+def test_cards_that_others_had_at_first_stay_theirs_and_new_ones_are_added(base: str) -> None:
+    half = sft(base, {"gpu": "rtx-5090", "share": 0.5})
+
+    def with_cards(count: float) -> Node:
+        more = {"rtx-5090": count, "GPU": count}
+        return replace(nodes()[0], total={**nodes()[0].total, **more}, free={**nodes()[0].total, "rtx-5090": 1.0})
+
+    places = Places(half, [with_cards(2)])
+    assert [places.take(number, half) is not None for number in range(3)] == [True, True, False]
+    places.refresh([with_cards(2)])  # says the same: trials that have not begun hold nothing
+    assert places.take(2, half) is None
+    places.refresh([with_cards(3)])
+    assert [places.take(number, half) is not None for number in range(2, 5)] == [True, True, False]
 
 
 def test_no_card_is_large_enough(base: str) -> None:

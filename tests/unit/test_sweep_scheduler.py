@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 from ray.tune.schedulers import TrialScheduler
 
 from tune.config import SweepConfig
@@ -20,6 +21,7 @@ class Sweep:
         self.spared: list[tuple[int, int]] = []
         self.leaving: set[int] = set()
         self.late: set[int] = set()
+        self.started: list[int] = []
         self.repeated: set[int] = set()
 
     def curve(self, number: int) -> Curve:
@@ -39,6 +41,9 @@ class Sweep:
 
     def spare(self, number: int, step: int) -> None:
         self.spared.append((number, step))
+
+    def begun(self, number: int) -> None:
+        self.started.append(number)
 
     def overdue(self, number: int) -> bool:
         return number in self.late
@@ -142,15 +147,29 @@ def test_a_trial_that_leaves_is_not_judged() -> None:
     assert sweep.stopped == []
 
 
-@pytest.mark.parametrize("status", ["RUNNING", "PENDING"])
 @pytest.mark.parametrize("late", [True, False])
-def test_tune_stops_a_trial_only_where_it_is_overdue_or_would_begin_in_vain(late: bool, status: str) -> None:
+def test_tune_stops_a_trial_that_would_begin_in_vain(late: bool) -> None:
     sweep, stopped = Sweep(), []
     sweep.late = {0} if late else set()
-    running = trial(0)
-    running.status = status
+    waiting = trial(0)
+    waiting.status = "PENDING"
     controller = SimpleNamespace(
-        get_live_trials=lambda: [running], get_trials=lambda: [running], stop_trial=stopped.append
+        get_live_trials=lambda: [waiting], get_trials=lambda: [waiting], stop_trial=stopped.append
     )
     scheduler(sweep).choose_trial_to_run(controller)
-    assert stopped == ([running] if late else [])
+    assert stopped == ([waiting] if late else [])
+    assert sweep.started == []
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_the_process_of_an_overdue_trial_is_killed(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep, killed = Sweep(), []
+    sweep.late = {0} if late else set()
+    running = trial(0)
+    running.temporary_state = SimpleNamespace(ray_actor="its actor")
+    monkeypatch.setattr(ray, "kill", killed.append)
+    scheduler(sweep).choose_trial_to_run(
+        SimpleNamespace(get_live_trials=lambda: [running], get_trials=lambda: [running])
+    )
+    assert killed == (["its actor"] if late else [])
+    assert sweep.started == [0]

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from tune.population import give_checkpoint
 from tune.space import at_point
 from tune.trial import ORDER, RESULT, TrialActor
 from workbench.config import load
+from workbench.errors import UserError
 from workbench.tracking import read_metrics
 from workloads.training.checkpoint import complete, step_of
+from workloads.training.devices import CardTooSmall
 
 STEPS = 12
 
@@ -164,3 +167,24 @@ def test_what_goes_wrong_is_an_outcome_with_its_reason(shared: dict[str, Any]) -
     assert last["outcome"] == "failed"
     assert "nowhere.jsonl" in last["reason"]
     assert "Traceback" in (folder_of(shared, 5) / "error.txt").read_text()
+
+
+def test_a_mistake_is_a_failure_in_its_own_words_and_a_card_that_is_too_small_does_not_fit(
+    shared: dict[str, Any],
+) -> None:
+    actor = actor_of(shared, 9)
+    for error, outcome in ((UserError("too few rows"), "failed"), (CardTooSmall("too large"), "does not fit")):
+        actor._failed(error)
+        assert actor._results.get() == {"done": True, "outcome": outcome, "reason": str(error)}
+
+
+def test_the_joules_of_a_group_are_not_told_before_its_other_ranks_have(shared: dict[str, Any]) -> None:
+    pair = shared["config"].model_copy(update={"workers": 2})
+    actor = actor_of({**shared, "config": pair}, 10)
+    actor._meter = SimpleNamespace(joules=lambda: 3.0)
+    assert actor._joules() is None
+    actor._others = 4.0
+    assert actor._joules() == 7
+    alone = actor_of(shared, 11)
+    alone._meter = actor._meter
+    assert alone._joules() == 3

@@ -12,6 +12,10 @@ from workbench.errors import UserError
 from workloads.training.config import TrainingConfig
 
 
+class CardTooSmall(UserError):
+    """What a worker holds is estimated to be more than its card has."""
+
+
 class _OwnList(_TorchBackend):
     """Ray Train would narrow each worker's list of cards to those that Ray counts as ``GPU``."""
 
@@ -65,8 +69,9 @@ def device_of(config: TrainingConfig) -> torch.device:
 
 
 def check_cards(needed: int, device: torch.device, share: float) -> None:
-    """Raise UserError, on every rank, where a rank's card, of which it may have ``share``, holds less than ``needed``
-    bytes of tensors: what was asked for by name may still be of several sizes. Collective. ``needed`` 0 is unknown."""
+    """Raise CardTooSmall, on every rank, where a rank's card, of which it may have ``share``, holds less than
+    ``needed`` bytes of tensors: what was asked for by name may still be of several sizes. Collective. ``needed`` 0 is
+    unknown."""
     if not needed or device.type != "cuda":
         return
     card = torch.cuda.get_device_properties(device)
@@ -78,10 +83,11 @@ def check_cards(needed: int, device: torch.device, share: float) -> None:
 
 
 def refuse_small(needed: int, cards: list[tuple[str, int]], share: float) -> None:
-    """Raise UserError where ``share`` of the smallest of ``cards``, name and bytes by rank, is less than ``needed``."""
+    """Raise CardTooSmall where ``share`` of the smallest of ``cards``, name and bytes by rank, is less than
+    ``needed``."""
     rank, (name, memory) = min(enumerate(cards), key=lambda ranked: ranked[1][1])
     if needed > memory * share:
-        raise UserError(
+        raise CardTooSmall(
             f"each worker needs {needed / 2**30:.1f} GiB for tensors (estimated), and worker {rank} got {name} with "
             f"{memory * share / 2**30:.1f}: ask for larger cards by resources.gpu.memory, or look with --plan"
         )
