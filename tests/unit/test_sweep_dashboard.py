@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import browser
 import pytest
 from kills import wait_until
 
@@ -70,3 +71,12 @@ def test_nothing_can_be_changed(study: SweepStudy, page: str, method: str) -> No
 def test_another_name_of_the_host_is_refused(page: str) -> None:
     with pytest.raises(urllib.error.HTTPError, match="403"):
         get(f"{page}/api/studies", Host="rebound.example:8080")
+
+
+@pytest.mark.skipif(browser.chromium() is None, reason="chromium is not installed")
+def test_a_person_reads_the_trials_in_a_browser(study: SweepStudy, page: str) -> None:
+    study.end(add_trial(study, 3.0), "finished", values={"validation_loss": 2.4375})
+    (known,) = get(f"{page}/api/studies")["study_summaries"]
+    with browser.opened(f"{page}/dashboard/studies/{known['study_id']}/trials") as seen:
+        for words in ("Complete", "learning_rate", "2.4375"):
+            seen.until(f"document.body.innerText.includes('{words}')")
