@@ -43,6 +43,16 @@ def test_a_trial_that_no_card_holds_does_not_fit_and_the_others_go_on(root: Path
     assert summary["failed"] == 1
 
 
+def test_trials_share_a_card_and_are_charged_for_their_part_of_it(root: Path) -> None:
+    shared = ["config.resources={gpu: any, share: 0.5}", *ON_A_CARD[1:]]
+    folder, summary = sweep(root, "share", "budget.trials=2", *shared)
+    assert summary["finished"] == 2
+    for trial in trials_of(folder):
+        assert trial.attempts[-1]["card"] == torch.cuda.get_device_name(0)
+        assert trial.gpu_seconds == pytest.approx(trial.seconds / 2)
+        assert trial.joules is None  # nobody counts the part of a card
+
+
 @pytest.mark.skipif(CARDS < 2, reason="one card")
 def test_a_trial_of_several_cards_has_the_losses_of_one(root: Path) -> None:
     same = ["space={learning_rate: {choice: [0.003]}}", "budget.trials=1", "config.dtype=float32", *ON_A_CARD]
