@@ -219,7 +219,7 @@ def _own_ray(dashboard: bool) -> Iterator[None]:
             ray.init(
                 address="local",
                 namespace=NAMESPACE,
-                include_dashboard=dashboard,  # Ray Train's clean-up inside Tune asks the dashboard's State API
+                include_dashboard=dashboard,
                 dashboard_host="127.0.0.1",
                 _node_ip_address=LOOPBACK,
                 object_store_memory=object_store_bytes(),
