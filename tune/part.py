@@ -16,12 +16,11 @@ from tune.space import at_point
 from tune.workload import WORKLOADS
 from workbench.config import adopt_environment
 from workbench.tracking import Tracker, read_metrics
-from workloads.training.checkpoint import best_of, history_of
 from workloads.training.config import TrainingConfig
 from workloads.training.devices import check_cards, local_device
 from workloads.training.history import History
 from workloads.training.ray_train import WorkerEvents
-from workloads.training.resume import CHECKPOINTS, forget_after
+from workloads.training.resume import forget_after
 
 PARTIAL = ".result.partial"
 """The folder of a trial that its adapter or model is written to."""
@@ -73,9 +72,8 @@ class TrialEvents(WorkerEvents):
     def load_best(self, model: nn.Module) -> None:
         """Load the weights of the lowest held-out loss, whose look is ``kept``."""
         super().load_best(model)
-        best = best_of(self.folder / CHECKPOINTS)
-        if best is not None:
-            self.kept = self._look_at(*history_of(best).validation[-1])
+        if self.loaded is not None:
+            self.kept = self._look_at(*self.loaded)
 
     def log(self, step: int, **values: float) -> None:
         """Append to the trial's metrics; report a look. Raises Ended, on every rank, if the trial is to end."""
