@@ -8,17 +8,16 @@ https://huggingface.co/docs/safetensors), a GGUF file's those of its tensor tabl
 is built on torch's meta device, and a linear layer that its ``quantization_config`` names is counted in its format.
 """
 
-import json
 import math
 import re
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from serve.weight_format import Format, quantization_of
+from serve.weight_headers import headers_of, hub_headers
 from workbench.errors import UserError
 
 Kind = Literal["split", "heads", "whole", "expert", "embedding"]
@@ -170,8 +169,8 @@ def _size_of(source: str, config: Any, dtype: str, quantization: str) -> ModelSi
     held = dtype if dtype != "auto" else str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
     if dtype == "auto" and held == "float32":
         held = "bfloat16"
-    packed, described = _quantization(config, quantization)
-    headers = _headers(path if path.is_dir() else path.parent) if path.exists() else _hub_headers(source)
+    packed, described = quantization_of(config, quantization)
+    headers = headers_of(path if path.is_dir() else path.parent) if path.exists() else hub_headers(source)
     tied = bool(getattr(text, "tie_word_embeddings", False))
     if headers and (packed or not quantization):
         tensors = tuple(_from_headers(headers, BYTES.get(held, 2), described, tied))
@@ -245,95 +244,6 @@ def layer_of(name: str) -> int | None:
     """The number of the layer that a tensor of this name belongs to."""
     found = LAYER.search(name)
     return int(found[1]) if found else None
-
-
-def _headers(folder: Path) -> dict[str, Any]:
-    """Name to dtype and shape of every tensor of the safetensors files in ``folder``; empty where there are none."""
-    found: dict[str, Any] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        if file.name.startswith("adapter_"):
-            continue
-        try:
-            with file.open("rb") as stream:
-                length = struct.unpack("<Q", stream.read(8))[0]
-                if length > 100 << 20:
-                    raise ValueError("its header is too long")
-                header = json.loads(stream.read(length))
-            last = max(
-                (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
-            )
-            if file.stat().st_size < 8 + length + last:
-                raise ValueError(f"{8 + length + last - file.stat().st_size:,} bytes are missing")
-        except (OSError, ValueError, struct.error, KeyError) as error:
-            raise UserError(f"{file} is no whole safetensors file: {error}") from None
-        found |= {name: (entry["dtype"], entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-    return found
-
-
-def _hub_headers(name: str) -> dict[str, Any]:
-    """The same of a model on the hub, by ranges of its files; empty without a network."""
-    from huggingface_hub import get_hf_file_metadata, get_safetensors_metadata, hf_hub_url
-
-    try:
-        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10)
-        files = get_safetensors_metadata(name).files_metadata.values()
-    except Exception:  # the config, which was in the cache, is enough for an estimate
-        return {}
-    return {tensor: (info.dtype, info.shape) for file in files for tensor, info in file.tensors.items()}
-
-
-@dataclass(frozen=True)
-class Format:
-    """How linear layers are held: bits a number (0: not packed, or not known), and bytes of scales for every ``group``
-    of them (0: none)."""
-
-    name: str = ""
-    bits: float = 0.0
-    group: int = 0
-    scale_bytes: float = 0.0
-    skipped: tuple[str, ...] = ()
-
-    def scales(self, numbers: int) -> int:
-        """Bytes of scales of a matrix of ``numbers``."""
-        return math.ceil(numbers / self.group * self.scale_bytes) if self.group else 0
-
-    def packs(self, name: str) -> bool:
-        """Whether the matrix of this name is held so: ``skipped`` has parts of names, ``*`` in them for any text."""
-        return bool(self.bits) and not any(fnmatch(name, f"*{part}*") for part in self.skipped)
-
-
-def _quantization(config: Any, asked: str) -> tuple[bool, Format]:
-    """(whether the files are packed, the format of their ``quantization_config``, or of what vLLM quantises to)."""
-    given = getattr(config, "quantization_config", None) or {}
-    described: Mapping[str, Any] = given if isinstance(given, Mapping) else given.to_dict()
-    own = str(described.get("quant_method", "")).removeprefix("QuantizationMethod.").lower()
-    return bool(own), _format(own or asked, described)
-
-
-def _format(method: str, described: Mapping[str, Any]) -> Format:
-    skipped = tuple(described.get("modules_to_not_convert") or described.get("ignore") or ()) or ("lm_head",)
-    if method in ("awq", "gptq", "awq_marlin", "gptq_marlin", "auto-round"):
-        bits, group = int(described.get("bits", 4)), int(described.get("group_size", 128))
-        # a group has a scale in 16 bits and a zero point in as many bits as a number
-        return Format(method, bits, group if group > 0 else 4096, 2 + bits / 8, skipped)
-    if method.startswith("int8_") or method == "experts_int8":
-        return Format(method, 8, 0, 0.0, skipped)
-    if method.startswith(("fp8", "mxfp8")):
-        block = described.get("weight_block_size")
-        return Format(method, 8, math.prod(block) if block else 0, 4.0 if block else 0.0, skipped)
-    if method == "bitsandbytes" and not described.get("load_in_8bit"):
-        double = described.get("bnb_4bit_use_double_quant")
-        return Format(method, 4, 64, 1 + 4 / 256 if double else 4.0, skipped)
-    if method == "bitsandbytes":
-        return Format(method, 8, 0, 0.0, skipped)
-    if method == "compressed-tensors":
-        groups: dict[str, Any] = described.get("config_groups") or {}
-        weights: dict[str, Any] = next((each.get("weights") or {} for each in groups.values()), {})
-        group = int(weights.get("group_size") or 0)
-        return Format(method, int(weights.get("num_bits", 8)), max(group, 0), 2.0 if group > 0 else 0.0, skipped)
-    if method == "mxfp4":
-        return Format(method, 4, 32, 1.0, skipped)
-    return Format(method)
 
 
 def _from_headers(headers: Mapping[str, Any], held: int, described: Format, tied: bool) -> Iterator[Tensor]:
