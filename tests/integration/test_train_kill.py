@@ -40,8 +40,12 @@ def undisturbed(root: Path) -> tuple[list[tuple[int, float]], Weights]:
 def ranks(folder: Path) -> tuple[psutil.Process, list[psutil.Process]]:
     """The worker that writes the run's metrics, and the others."""
     workers = found(os.getpid(), "RayTrainWorker")
-    metrics = str(folder / "metrics.jsonl")
-    first = [worker for worker in workers if metrics in [file.path for file in worker.open_files()]]
+    events = f"{folder}/"  # TensorBoard's file stays open
+    first = [
+        worker
+        for worker in workers
+        if any(file.path.startswith(events) and "tfevents" in file.path for file in worker.open_files())
+    ]
     return first[0], [worker for worker in workers if worker not in first]
 
 
