@@ -124,7 +124,7 @@ def test_a_trial_that_hangs_is_ended_by_force_and_the_next_begins(root: Path) ->
 
     order = threading.Thread(target=hang, daemon=True)
     order.start()
-    one_by_one = ["budget.trials=2", "concurrent=1", "scheduler.kind=none", "config.steps=60", "grace_seconds=2"]
+    one_by_one = ["budget.trials=2", "concurrent=1", "scheduler.kind=none", "config.steps=400", "grace_seconds=2"]
     folder, summary = sweep(root, "hangs", *one_by_one)
     order.join(timeout=10)
     assert [trial.state for trial in trials_of(folder)] == ["stopped", "finished"]
